@@ -1,0 +1,29 @@
+"""ds_tokimg: a language model that writes in pixels, trained in a DeepSpeed engine.
+
+The names below are imported when first used, so that `import ds_tokimg` costs neither torch nor deepspeed.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "TokenCodec": "codec",
+    "TokenImageDataset": "dataset",
+    "add_noise_to_timestep": "diffusion",
+    "masked_loss": "loss",
+    "JiT": "model",
+    "bits_per_token": "bound",
+    "UserError": "config",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,66 @@
+"""`python -m ds_tokimg COMMAND`, also under `deepspeed --module ds_tokimg` and `torchrun -m ds_tokimg`.
+
+Exit code 0 on success, 2 on a mistake of the user (one message, no traceback), 1 on a failure of our own.
+"""
+
+import importlib
+import os
+import sys
+
+from ds_tokimg import __version__
+from ds_tokimg.config import UserError, nearest
+
+COMMANDS = {
+    "train": "train a model on texts",
+    "evaluate": "measure bits per token of a checkpoint or export",
+    "generate": "write texts with a checkpoint or export",
+    "export": "turn a checkpoint into a folder that needs no DeepSpeed",
+    "plan": "show what a training run would do and need, without training",
+}
+
+
+def usage() -> str:
+    """The help of the program: one line a command."""
+    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    head = "usage: python -m ds_tokimg COMMAND [flags]     (COMMAND --help lists the flags)\n\ncommands:"
+    return "\n".join([head, *lines])
+
+
+def split_command(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The command and its flags, without the `--local_rank=N` that the deepspeed launcher puts in front."""
+    for place, word in enumerate(argv):
+        if not word.startswith("-"):
+            return word, argv[place + 1 :]
+        if not word.startswith(("--local_rank=", "--local-rank=")):
+            break
+    return None, argv
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code. Only that command is imported: help needs no torch."""
+    command, flags = split_command(argv)
+    if command in COMMANDS:
+        return importlib.import_module(f"ds_tokimg.{command}").main(flags)
+    if "--version" in argv:
+        print(f"ds_tokimg {__version__}")
+    elif command is None and (not argv or {"-h", "--help"} & set(argv)):
+        print(usage())
+    else:
+        wrong = command or argv[0]
+        known = ", ".join(COMMANDS)
+        raise UserError(f"unknown command {wrong!r}{nearest(wrong, COMMANDS)} (commands: {known})")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point: a UserError becomes one message, printed once a host whatever its number of ranks."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

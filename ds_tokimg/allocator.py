@@ -1,0 +1,26 @@
+"""Memory of a training step on a CPU: kept for the next step instead of handed back to the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# mallopt's names (malloc.h of glibc), and what they are set to.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_NEVER, _GROWTH = 2**31 - 1, 64 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Large blocks come from the heap and stay there when they are freed; False where there is no glibc.
+
+    By default glibc maps every large tensor anew and unmaps it when it is freed, and the kernel clears its pages one
+    fault at a time: a quarter of a training step of a small model. Resident memory stays at its peak.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False  # another C library
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_TOP_PAD, _GROWTH))
+    return all([mallopt(name, value) == 1 for name, value in settings])

@@ -1,0 +1,151 @@
+"""Makes the micro-batches: token ids in patches, and every random draw of a sample.
+
+All draws are keyed by (seed, epoch, sample) (see `ds_tokimg.rng`); nothing here depends on the rank or on how a
+train batch was cut up. Runs in the loader's background thread; the result is CPU tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_tokimg.codec import TokenCodec, token_of_slot
+from ds_tokimg.diffusion import TimestepSampler
+from ds_tokimg.rng import Stream, generator, low_discrepancy
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """How texts of n tokens fall into patches of K slots."""
+
+    codec: TokenCodec
+    img_size: int
+    patch_size: int
+    layout: str = "patch"
+
+    @property
+    def slots(self) -> int:
+        """K, tokens a patch."""
+        return (self.patch_size // self.codec.token_size) ** 2
+
+    @property
+    def values(self) -> int:
+        """P, channel values a patch."""
+        return self.slots * self.codec.digits_per_token
+
+    @property
+    def order(self) -> Tensor:
+        """[patches, K]: which token a slot holds."""
+        return token_of_slot(self.img_size, self.codec.token_size, self.layout, self.patch_size)
+
+    def num_patches(self, lengths) -> np.ndarray:
+        """Patches that texts of these lengths touch (always the first ones), int [n]."""
+        lengths = np.asarray(lengths)
+        if self.layout == "patch":
+            return -(-lengths // self.slots)
+        return np.searchsorted(self.order.amin(1).numpy(), lengths)
+
+    def pack(self, texts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids [B, N, K] int64 (0 in padding) and mask [B, N, K] bool; N of the longest, at least 1.
+
+        Raises ValueError when a text is longer than the image's capacity.
+        """
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        if lengths.max(initial=0) > self.order.numel():
+            raise ValueError(f"a text of {lengths.max()} tokens does not fit into an image of {self.order.numel()}")
+        order = self.order[: max(1, int(self.num_patches(lengths).max(initial=0)))]  # [N, K]
+        padded = np.zeros((len(texts), int(order.max()) + 1), dtype=np.int64)
+        for row, text in zip(padded, texts, strict=True):
+            row[: len(text)] = text
+        mask = order < torch.from_numpy(lengths)[:, None, None]
+        return torch.from_numpy(padded)[:, order], mask
+
+
+def fill_canvas(ids: np.ndarray, length: int, eos_id: int) -> np.ndarray:
+    """The ids with EOS after them up to `length` (unchanged if they are longer)."""
+    return np.pad(ids, (0, max(0, length - len(ids))), constant_values=eos_id)
+
+
+class BatchMaker:
+    """Indices of a micro-batch -> the tensors that `TrainingLoss` takes.
+
+    Args:
+        patch_noise: share of the samples in which every patch has a noise level of its own.
+        condition_drop: probability that a sample's condition is hidden; None when the model has no conditions.
+        self_conditioning: probability that a sample sees the model's own first prediction.
+        canvas: with conditions, the largest number of patches an answer is generated on. An answer is filled up with
+            `eos_id` to the end of its last patch, and in every second sample on average further, up to a random
+            number of patches: when generating, nobody knows how long the answer will be.
+    """
+
+    def __init__(
+        self,
+        layout: PatchLayout,
+        timesteps: TimestepSampler,
+        seed: int,
+        patch_noise: float = 0.0,
+        condition_drop: float | None = None,
+        self_conditioning: float = 0.0,
+        canvas: int = 0,
+        eos_id: int = 0,
+    ):
+        self.layout, self.timesteps, self.seed = layout, timesteps, seed
+        self.patch_noise, self.condition_drop, self.self_conditioning = (
+            patch_noise,
+            condition_drop,
+            self_conditioning,
+        )
+        self.canvas, self.eos_id = canvas, eos_id
+
+    def __call__(self, dataset, indices, positions, epoch: int) -> dict[str, Tensor]:
+        """`indices`: samples of the dataset; `positions`: their places in the epoch's order. Both may be empty."""
+        texts = [self._on_canvas(dataset, epoch, int(i)) for i in indices]
+        ids, mask = self.layout.pack(texts or [np.zeros(0, np.int64)])
+        patches = self.layout.num_patches([len(text) for text in texts])
+        batch = {"ids": ids, "mask": mask}
+        batch["t"] = self._timesteps(indices, positions, epoch, patches, ids.shape[1])
+        batch["noise"] = self._noise(indices, epoch, patches, ids.shape[1])
+        if self.condition_drop is not None:
+            prompts = [self._prompt(dataset, epoch, int(i)) for i in indices]
+            batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts or [np.zeros(0, np.int64)])
+        if self.self_conditioning:
+            draws = [generator(self.seed, Stream.SELF_CONDITIONING, epoch, int(i)).random() for i in indices]
+            batch["self_condition"] = torch.tensor([d < self.self_conditioning for d in draws] or [False])
+        return batch
+
+    def _on_canvas(self, dataset, epoch: int, index: int) -> np.ndarray:
+        ids = dataset.ids(index)
+        if not self.canvas or not len(dataset.prompt_ids(index)):
+            return ids
+        own = int(self.layout.num_patches([len(ids)])[0])
+        draw = generator(self.seed, Stream.CANVAS, epoch, index)
+        patches = int(draw.integers(own, max(own, self.canvas) + 1)) if draw.random() < 0.5 else own
+        return fill_canvas(ids, patches * self.layout.slots, self.eos_id)
+
+    def _prompt(self, dataset, epoch: int, index: int) -> np.ndarray:
+        if generator(self.seed, Stream.CONDITION_DROP, epoch, index).random() < self.condition_drop:
+            return np.zeros(0, np.int64)
+        return dataset.prompt_ids(index)
+
+    def _timesteps(self, indices, positions, epoch: int, patches, width: int) -> Tensor:
+        """[B], or [B, N] where some samples have a noise level per patch."""
+        u = low_discrepancy(self.seed, Stream.TIMESTEP, epoch, positions)
+        if not self.patch_noise:
+            return self.timesteps(torch.from_numpy(u if len(u) else np.zeros(1)))
+        per_patch = np.repeat(u[:, None], width, 1) if len(u) else np.zeros((1, width))
+        places = np.asarray(positions)
+        chosen = np.floor((places + 1) * self.patch_noise) > np.floor(places * self.patch_noise)
+        for row in np.flatnonzero(chosen):
+            draw = generator(self.seed, Stream.TIMESTEP, epoch, int(indices[row]))
+            per_patch[row, : patches[row]] = draw.random(int(patches[row]))
+        return self.timesteps(torch.from_numpy(per_patch))
+
+    def _noise(self, indices, epoch: int, patches, width: int) -> Tensor:
+        noise = np.zeros((max(1, len(indices)), width, self.layout.values), dtype=np.float32)
+        for row, index in enumerate(indices):
+            draw = generator(self.seed, Stream.NOISE, epoch, int(index))
+            draw.standard_normal(dtype=np.float32, out=noise[row, : patches[row]])
+        return torch.from_numpy(noise)

@@ -1,0 +1,296 @@
+"""Bits per token: a bound on the likelihood of text under the diffusion model.
+
+A Gaussian diffusion model bounds the likelihood of what it generates (Kingma et al., "Variational diffusion models",
+2021, eqs. 11-18; in variance-preserving scaling, where SNR = exp(log_snr)):
+
+    -log p(tokens) <=   1/2 * integral of SNR * ||clean - clean_pred(z)||^2 over log_snr     (diffusion)
+                      + KL(q(z at the noisiest level) || N(0, 1))                             (prior)
+                      - E log p(tokens | z at the cleanest level)                             (decoding)
+
+The integral is estimated on stratified noise levels with fixed noise per sample, so the figure is reproducible. Our
+noising path is another scaling of the same process: SNR and clean_pred, hence the bound, do not depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_tokimg.batch import PatchLayout, fill_canvas
+from ds_tokimg.diffusion import LOG_SNR_MIN, MARGIN, bound_range, information_rate, timestep_of_log_snr
+from ds_tokimg.rng import Stream, generator, low_discrepancy
+
+# Noise levels a text is evaluated at, in training and by `evaluate`.
+DEFAULT_LEVELS = 8
+# The share of correctly read tokens is reported between these timesteps.
+ACCURACY_BINS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
+
+
+@lru_cache(maxsize=8)
+def noise_levels(radix: int) -> NoiseLevels:
+    return NoiseLevels(radix)
+
+
+class NoiseLevels:
+    """Where the integral over log-SNR is sampled, for a code of `radix` levels.
+
+    Mostly in proportion to what a reader without context gains there, which keeps the weights of the estimate even;
+    a tenth is uniform over the whole range, so that no weight is large.
+    """
+
+    def __init__(self, radix: int):
+        whole = bound_range(radix)
+        self.grid = np.linspace(whole.low, whole.high, 513)
+        rate = np.array([float(information_rate(radix, value)) for value in self.grid])
+        density = 0.9 * rate / np.trapezoid(rate, self.grid) + 0.1 / (whole.high - whole.low)
+        steps = 0.5 * (density[1:] + density[:-1]) * np.diff(self.grid)
+        self._cumulative = np.concatenate([[0.0], steps.cumsum()])
+        # Quantiles are linear between grid points, so the density that counts is constant there.
+        self._density = steps / self._cumulative[-1] / np.diff(self.grid)
+        self._cumulative /= self._cumulative[-1]
+
+    def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """u in [0, 1) -> (log-SNR, its sampling density), float64 arrays."""
+        cell = np.clip(np.searchsorted(self._cumulative, u, side="right") - 1, 0, len(self._density) - 1)
+        value = self.grid[cell] + (u - self._cumulative[cell]) / self._density[cell]
+        return value, self._density[cell]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The estimate, and what comes with it."""
+
+    nats: np.ndarray  # [samples] bound on -log p of each text
+    tokens: np.ndarray  # [samples] valid tokens
+    num_bytes: int  # UTF-8 bytes of the texts
+    loss: float  # the objective on the same texts, per valid pixel, over the trained noise levels within the integral
+    token_accuracy: float  # share of tokens read correctly, averaged over the noise levels of the integral
+    accuracy_per_level: dict[str, float]  # the same by timestep, "t0-100" …
+    invalid_token_rate: float  # share of predictions whose colour is no token
+
+    @property
+    def bits_per_token(self) -> float:
+        return float(self.nats.sum() / (math.log(2) * self.tokens.sum()))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / (math.log(2) * self.num_bytes))
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of bits_per_token over the texts (a ratio estimator); nan for a single text."""
+        if len(self.nats) < 2:
+            return math.nan
+        residual = self.nats / math.log(2) - self.bits_per_token * self.tokens
+        return float(residual.std(ddof=1) * math.sqrt(len(residual)) / self.tokens.sum())
+
+
+def prior_nats(clean: Tensor) -> Tensor:
+    """KL(q(z at LOG_SNR_MIN) || N(0, 1)) of clean values [..., D], summed over the last axis, in nats."""
+    alpha2 = 1.0 / (1.0 + math.exp(-LOG_SNR_MIN))
+    sigma2 = 1.0 - alpha2
+    return 0.5 * (alpha2 * clean.double() ** 2 + sigma2 - 1.0 - math.log(sigma2)).sum(-1)
+
+
+def decoding_nats() -> float:
+    """An upper bound on -E log p(digit | z at the cleanest level) for a reader without context, in nats a digit.
+
+    -log p = log(1 + sum of likelihood ratios); neighbours at distance 2 MARGIN deviations dominate, and
+    E log(1 + r) <= P(wrong side) * its mean size; both tails together stay below 2 Q(MARGIN) * (1 + MARGIN^2).
+    """
+    return math.erfc(MARGIN / math.sqrt(2)) * (1.0 + MARGIN**2)
+
+
+def estimate_bound(
+    forward: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dataset,
+    layout: PatchLayout,
+    *,
+    timesteps,
+    num_levels: int = DEFAULT_LEVELS,
+    seed: int = 0,
+    conditional: bool = False,
+    self_conditioning: bool = False,
+    canvas: int = 0,
+    eos_id: int = 0,
+    patches_per_batch: int = 1024,
+    rank: int = 0,
+    world_size: int = 1,
+    all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
+    device: torch.device | str = "cpu",
+) -> Bound:
+    """Bounds -log p of every text of a data set.
+
+    Args:
+        forward: `TrainingLoss.forward` with per_sample=True (or the engine around it).
+        dataset: has `len`, `.ids(i)`, `.num_bytes`, and `.prompt_ids(i)` when `conditional`.
+        timesteps: the `TimestepSampler` of training; weights the reported objective as training does.
+        num_levels: noise levels a text is evaluated at, stratified within the text and across texts.
+        canvas: patches that a conditional answer is filled up to (the model does not know its length).
+        patches_per_batch: size of the batches that are evaluated.
+        rank, world_size, all_reduce: texts are dealt over the ranks; all_reduce sums a float64 tensor over them.
+
+    All ranks return the same Bound. Raises ValueError for a data set without texts.
+    """
+    if not len(dataset):
+        raise ValueError("there are no validation texts to bound")
+    batches = _ValidationBatches(dataset, layout, seed, conditional, self_conditioning, canvas, eos_id)
+    levels = noise_levels(layout.codec.radix)
+    sums = torch.zeros(len(dataset), 3, dtype=torch.float64)  # nats, objective, valid pixels
+    by_level = torch.zeros(len(ACCURACY_BINS) - 1, 3, dtype=torch.float64)  # correct, invalid, tokens
+    groups = batches.groups(patches_per_batch)
+    # Every rank runs the same number of forward passes (ZeRO-3 gathers parameters in each): short ranks get empty ones.
+    rounds = -(-len(groups) // world_size)
+    mine = [groups[i] if i < len(groups) else np.zeros(0, int) for i in range(rank, rounds * world_size, world_size)]
+    for indices in mine:
+        for level in range(num_levels):
+            u = (level + low_discrepancy(seed, Stream.VALIDATION, 0, indices)) / num_levels
+            log_snr, density = levels.quantile(u)
+            batch = batches.make(indices, torch.from_numpy(log_snr), level)
+            with torch.no_grad():
+                result = forward({name: value.to(device) for name, value in batch.items()})
+            if len(indices):
+                _add(sums, by_level, indices, batch, result, log_snr, density * num_levels, timesteps)
+    sums, by_level = all_reduce(sums), all_reduce(by_level)
+    return _summary(sums, by_level, batches, layout, dataset, num_levels)
+
+
+def _add(sums, by_level, indices, batch, result, log_snr, weight, timesteps) -> None:
+    """Adds one batch's integrand to the sums of its samples. `weight`: sampling density times levels a sample."""
+    result = {name: value.double().cpu() for name, value in result.items()}
+    snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
+    training_density = timesteps.density(batch["t"]).double()
+    rows = torch.from_numpy(indices)
+    sums[rows, 0] += 0.5 * snr * result["squared_error"] / weight
+    # The objective is an average over the training's noise levels: importance weights turn ours into those.
+    sums[rows, 1] += result["loss"] * training_density / weight
+    bins = torch.bucketize(batch["t"].double(), torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True)
+    tokens = batch["mask"].sum((1, 2)).double()
+    by_level.index_add_(0, bins, torch.stack([result["correct"], result["invalid"], tokens], 1))
+
+
+def _summary(sums, by_level, batches, layout, dataset, num_levels) -> Bound:
+    tokens = np.array([batches.text_tokens(i) for i in range(len(dataset))])
+    fixed = np.array([batches.fixed_nats(i) for i in range(len(dataset))])
+    pixels = sum(batches.scored_tokens(i) for i in range(len(dataset))) * layout.codec.token_size**2
+    correct, invalid, seen = by_level.sum(0).tolist()
+    bins = zip(ACCURACY_BINS, ACCURACY_BINS[1:], by_level.tolist(), strict=False)
+    return Bound(
+        nats=sums[:, 0].numpy() + fixed,
+        tokens=tokens,
+        num_bytes=dataset.num_bytes,
+        loss=float(sums[:, 1].sum() / pixels),
+        token_accuracy=correct / seen,
+        accuracy_per_level={f"t{low}-{high}": c / n for low, high, (c, _, n) in bins if n},
+        invalid_token_rate=invalid / seen,
+    )
+
+
+class _ValidationBatches:
+    """The texts as batches of similar length with fixed noise."""
+
+    def __init__(self, dataset, layout, seed, conditional, self_conditioning, canvas, eos_id):
+        self.dataset, self.layout, self.seed = dataset, layout, seed
+        self.conditional, self.self_conditioning = conditional, self_conditioning
+        self.canvas, self.eos_id = canvas, eos_id
+        lengths = [self.scored_tokens(i) for i in range(len(dataset))]
+        self.patches = np.asarray(layout.num_patches(lengths))
+
+    def text_tokens(self, index: int) -> int:
+        return len(self.dataset.ids(index))
+
+    def scored_tokens(self, index: int) -> int:
+        """The text's tokens and, for an answer, the EOS that fill up its canvas (and always its last patch)."""
+        own = self.text_tokens(index)
+        if not self.canvas or not len(self.dataset.prompt_ids(index)):
+            return own
+        return max(int(self.layout.num_patches([own])[0]), self.canvas) * self.layout.slots
+
+    def ids(self, index: int) -> np.ndarray:
+        return fill_canvas(self.dataset.ids(index), self.scored_tokens(index), self.eos_id)
+
+    def fixed_nats(self, index: int) -> float:
+        """The terms of the bound that need no network."""
+        codec = self.layout.codec
+        colours = codec.codebook[torch.from_numpy(self.ids(index))]
+        return float(prior_nats(colours).sum()) + colours.numel() * decoding_nats()
+
+    def groups(self, patches_per_batch: int) -> list[np.ndarray]:
+        """Indices of texts, similar lengths together, at most `patches_per_batch` patches (but at least a text)."""
+        order = np.argsort(-self.patches, kind="stable")
+        groups, start = [], 0
+        while start < len(order):
+            size = max(1, patches_per_batch // max(1, int(self.patches[order[start]])))
+            groups.append(order[start : start + size])
+            start += size
+        return groups
+
+    def make(self, indices: np.ndarray, log_snr: Tensor, level: int) -> dict[str, Tensor]:
+        ids, mask = self.layout.pack([self.ids(int(i)) for i in indices] or [np.zeros(0, np.int64)])
+        noise = np.zeros((len(ids), ids.shape[1], self.layout.values), dtype=np.float32)
+        for row, index in enumerate(indices):
+            draw = generator(self.seed, Stream.VALIDATION, 1 + level, int(index))
+            draw.standard_normal(dtype=np.float32, out=noise[row, : self.patches[index]])
+        t = timestep_of_log_snr(log_snr).float() if len(indices) else torch.zeros(1)
+        batch = {"ids": ids, "mask": mask, "t": t, "noise": torch.from_numpy(noise)}
+        if self.conditional:
+            prompts = [self.dataset.prompt_ids(int(i)) for i in indices] or [np.zeros(0, np.int64)]
+            batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts)
+        if self.self_conditioning:
+            batch["self_condition"] = torch.ones(len(ids), dtype=torch.bool)
+        return batch
+
+
+class _Texts:
+    """A list of token id lists in the shape of a data set."""
+
+    def __init__(self, texts, prompts=None, num_bytes: int | None = None):
+        self._texts = [np.asarray(text, dtype=np.int64) for text in texts]
+        self._prompts = None if prompts is None else [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+        self.num_bytes = num_bytes or 0
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def ids(self, index: int) -> np.ndarray:
+        return self._texts[index]
+
+    def prompt_ids(self, index: int) -> np.ndarray:
+        return self._prompts[index]
+
+
+def bits_per_token(model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVELS, seed: int = 0) -> float:
+    """The bound of a model on texts, in bits per token.
+
+    Args:
+        model: a `JiT`.
+        texts: lists of token ids (each at most the image's capacity).
+        prompts: a list of token ids per text that the model is conditioned on, or None.
+        num_levels: noise levels a text is evaluated at; more give a smaller error.
+    """
+    from ds_tokimg.loss import TrainingLoss
+
+    config = model.config
+    layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
+    module = TrainingLoss(model, "mse")
+    was_training = model.training
+    model.eval()
+    bound = estimate_bound(
+        lambda batch: module(batch, per_sample=True),
+        _Texts(texts, prompts),
+        layout,
+        timesteps=module.timesteps,
+        num_levels=num_levels,
+        seed=seed,
+        conditional=prompts is not None,
+        self_conditioning=config.self_conditioning,
+        device=next(model.parameters()).device,
+    )
+    model.train(was_training)
+    return bound.bits_per_token

@@ -1,0 +1,126 @@
+"""python -m ds_tokimg evaluate: the bound of a checkpoint on texts, in bits per token and per byte."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from ds_tokimg.bound import DEFAULT_LEVELS, Bound, estimate_bound
+from ds_tokimg.config import Parser, UserError
+from ds_tokimg.dataset import TokenImageDataset
+from ds_tokimg.loss import TrainingLoss
+from ds_tokimg.trained import WEIGHTS, TextFormat, TrainedModel, absolute, load_trained
+
+SPLITS = ("auto", "eval", "train", "all")
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.noise_levels < 1:
+        raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
+    trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    dataset = open_texts(trained, arguments.data_path, arguments.split, arguments.cache_dir)
+    if not len(dataset):
+        raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
+    module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
+    options = {"num_levels": arguments.noise_levels, "seed": arguments.seed, "device": arguments.device}
+    bound = bound_of(module, trained.format, trained.layout, dataset, **options)
+    report(bound, trained.path, arguments.data_path)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(as_json(bound), indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ds_tokimg evaluate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
+    add("--data_path", required=True, metavar="PATH", help="texts, in any form that train takes")
+    add("--json", metavar="FILE", help="write the figures there")
+    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
+    add(
+        "--split",
+        choices=SPLITS,
+        default="auto",
+        help="which documents; auto: the held-out ones of the data the run was trained on, else all",
+    )
+    add("--noise_levels", type=int, default=DEFAULT_LEVELS, metavar="N", help="levels per text (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
+    add("--cache_dir", metavar="DIR", help="where tokenised data is cached")
+    add("--device", default="cpu", help="where to compute (default: cpu)")
+    return parser
+
+
+def open_texts(trained: TrainedModel, data_path: str, split: str = "auto", cache_dir=None) -> TokenImageDataset:
+    """The texts of a path as the model's images."""
+    text_format = trained.format
+    if split == "auto":
+        held_out = text_format.eval_data_path is None and absolute(data_path) == text_format.data_path
+        split = "eval" if held_out else "all"
+    return dataset_of(text_format, trained.layout, trained.tokenizer, data_path, split, cache_dir)
+
+
+def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split: str, cache_dir) -> TokenImageDataset:
+    """The texts of a path in a run's format."""
+    codec = layout.codec
+    return TokenImageDataset(
+        data_path,
+        tokenizer,
+        layout.img_size,
+        text_format.use_chat_template,
+        text_format.max_tokens,
+        token_size=codec.token_size,
+        radix=codec.radix,
+        palette=codec.palette,
+        layout=layout.layout,
+        patch_size=layout.patch_size,
+        packing=text_format.packing,
+        enable_condition=text_format.enable_condition,
+        split=split,
+        eval_fraction=text_format.eval_fraction,
+        cache_dir=cache_dir,
+    )
+
+
+def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **options) -> Bound:
+    """The bound of a model on a data set in its text format; `options` are those of `estimate_bound`."""
+    return estimate_bound(
+        options.pop("forward", partial(module, per_sample=True)),
+        dataset,
+        layout,
+        timesteps=module.timesteps,
+        conditional=text_format.enable_condition,
+        self_conditioning=module.model.config.self_conditioning,
+        canvas=text_format.canvas,
+        eos_id=text_format.eos_id,
+        **options,
+    )
+
+
+def as_json(bound: Bound) -> dict:
+    """The figures of the contract, and what puts them into perspective."""
+    return {
+        "bits_per_token": bound.bits_per_token,
+        "bits_per_byte": bound.bits_per_byte,
+        "standard_error": bound.standard_error,
+        "tokens": int(bound.tokens.sum()),
+        "bytes": bound.num_bytes,
+        "loss": bound.loss,
+        "token_accuracy": bound.token_accuracy,
+        "token_accuracy_by_timestep": bound.accuracy_per_level,
+        "invalid_token_rate": bound.invalid_token_rate,
+    }
+
+
+def report(bound: Bound, checkpoint: Path, data_path: str) -> None:
+    print(f"{checkpoint} on {data_path}: {len(bound.tokens)} images, {bound.tokens.sum():,} tokens")
+    print(
+        f"  bits per token {bound.bits_per_token:.4f} +- {1.96 * bound.standard_error:.4f} (95 %)   "
+        f"bits per byte {bound.bits_per_byte:.4f}"
+    )
+    print(
+        f"  loss {bound.loss:.4f}   token accuracy {bound.token_accuracy:.3f}   "
+        f"colours that are no token {bound.invalid_token_rate:.2%}"
+    )

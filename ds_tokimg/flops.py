@@ -1,0 +1,84 @@
+"""Floating-point operations of training, counted exactly, and what the machine could do.
+
+Counted are the matrix products that the model's definition asks for, 2 per multiply-add:
+
+    forward     2 · rows · in · out of every linear layer, 4 · B · L² · C a block for attention (L: positions)
+    backward    the same for the inputs and the same for the weights of each product, where gradients go there
+
+Left out are what an implementation does on top of that (recomputing activations or scores), everything that is not a
+matrix product (norms, softmax, the optimiser), and the matched filter, D + 1 multiply-adds a candidate. Positions that
+are computed but hold padding do count: `padding_fraction` is the share of the work that is lost on them.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from ds_tokimg.model import JiT
+
+PEAK_SECONDS = 0.2
+_PEAK_SIZE_CPU, _PEAK_SIZE_ELSEWHERE = 1024, 4096
+
+
+def train_flops(model: JiT, batch: dict[str, Tensor]) -> int:
+    """Of the forward and backward of one micro-batch as `TrainingLoss` takes it (only shapes are looked at)."""
+    flops = _pass_flops(model, batch, backward=True)
+    if "self_condition" in batch:
+        flops += _pass_flops(model, batch, backward=False)
+    return flops
+
+
+def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
+    samples, patches, slots = batch["ids"].shape
+    prompt = batch["condition_ids"].shape[1] if "condition_ids" in batch else 0
+    positions = samples * (patches + prompt)
+    # Noise levels: one a sample or one a patch, and one for its condition, which has no noise.
+    levels = samples * (batch["t"].shape[1] if batch["t"].dim() == 2 else 1)
+    times = levels + (samples if prompt else 0)
+    data, hidden = (2, 3) if backward else (1, 1)  # passes over a product whose input is data, or needs a gradient
+
+    def linear(layer: nn.Linear, rows: int, passes: int = hidden) -> int:
+        return 2 * layer.in_features * layer.out_features * rows * passes
+
+    learned_input = hasattr(model.head, "token_input")
+    flops = linear(model.patch_embed[0], positions, hidden if learned_input else data)
+    flops += linear(model.patch_embed[1], positions)
+    flops += linear(model.time_embed.mlp[0], times, data) + linear(model.time_embed.mlp[2], times)
+    flops += linear(model.time_embed.modulation, times)
+    for block in model.blocks:
+        layers = (block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down)
+        flops += sum(linear(layer, positions) for layer in layers)
+        flops += 4 * positions * (patches + prompt) * model.config.width * hidden
+    # With a condition the levels of the samples have been spread over their patches.
+    flops += linear(model.final.modulation, samples * patches if prompt else levels)
+    if not learned_input:
+        return flops + linear(model.head.output, samples * patches)
+    inputs = 2 if model.config.self_conditioning and "self_condition" in batch and backward else 1
+    flops += linear(model.head.token_input, positions * slots, data) * inputs
+    flops += linear(model.head.to_tokens, samples * patches)
+    return flops + linear(model.head.token_output, samples * patches * slots)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_SECONDS) -> float:
+    """Floating-point operations a second of large matrix products, the best of those that fit in `seconds`."""
+    size = _PEAK_SIZE_CPU if device.type == "cpu" else _PEAK_SIZE_ELSEWHERE
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    result, best, begun = torch.empty_like(left), float("inf"), time.perf_counter()
+    torch.mm(left, right, out=result)  # the first one sets up the library
+    while True:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=result)
+        _wait(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - begun > seconds:
+            return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,158 @@
+"""python -m ds_tokimg generate: texts from noise, from a prompt, or around given tokens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_tokimg import tokenizer as tokenizers
+from ds_tokimg.config import Parser, UserError
+from ds_tokimg.sampler import SAMPLERS, SamplingOptions, sample
+from ds_tokimg.trained import WEIGHTS, TrainedModel, load_trained
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    prompts = _prompts(arguments)
+    options = _options(arguments)
+    trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    texts = generate(trained, prompts, options, arguments.max_new_tokens)
+    show(texts)
+    if arguments.save_images:
+        save_images(trained, texts, Path(arguments.save_images))
+    if arguments.json:
+        keys = ("prompt", "text", "token_ids", "num_tokens")
+        rows = [{key: text[key] for key in keys} for text in texts]
+        Path(arguments.json).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ds_tokimg generate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    defaults = SamplingOptions()
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
+    add("--prompt", metavar="TEXT", help="what to answer, or, without conditions in training, to continue")
+    add("--prompt_file", metavar="FILE", help="one prompt a line")
+    add("--num_samples", type=int, default=1, metavar="N", help="texts, per prompt (default: 1)")
+    add("--num_inference_steps", type=int, default=defaults.steps, metavar="N", help="default: %(default)s")
+    add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="default: %(default)s")
+    add("--guidance_scale", type=float, default=defaults.guidance_scale, metavar="S", help="default: %(default)s")
+    add("--seed", type=int, default=defaults.seed, metavar="N", help="default: %(default)s")
+    add("--max_new_tokens", type=int, metavar="N", help="length to write at most (default: the image, or the answer)")
+    add("--batch_size", type=int, default=defaults.batch_size, metavar="N", help="texts at a time")
+    add("--save_images", metavar="DIR", help="write the images there, as PNG")
+    add("--json", metavar="FILE", help="write the texts there")
+    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
+    add("--device", default="cpu", help="where to compute (default: cpu)")
+    return parser
+
+
+def _prompts(arguments) -> list[str | None]:
+    if arguments.prompt is not None and arguments.prompt_file is not None:
+        raise UserError("give --prompt or --prompt_file, not both")
+    if arguments.num_samples < 1:
+        raise UserError(f"--num_samples {arguments.num_samples}: at least 1")
+    prompts = [arguments.prompt]
+    if arguments.prompt_file is not None:
+        try:
+            prompts = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file {arguments.prompt_file}: {error}") from None
+        if not prompts:
+            raise UserError(f"--prompt_file {arguments.prompt_file}: no prompt in it")
+    return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+
+
+def _options(arguments) -> SamplingOptions:
+    try:
+        return SamplingOptions(
+            steps=arguments.num_inference_steps,
+            sampler=arguments.sampler,
+            guidance_scale=arguments.guidance_scale,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def generate(
+    trained: TrainedModel, prompts: list[str | None], options: SamplingOptions, max_new_tokens: int | None = None
+) -> list[dict]:
+    """One text per prompt (None: from noise alone).
+
+    A model trained with conditions answers a prompt; another continues it: the prompt's tokens are held fixed at the
+    start of the image. Returns a dict each: prompt, text (up to EOS), token_ids (of the text, without EOS),
+    num_tokens, image_ids (all tokens of the image). Raises UserError when a prompt leaves no room.
+    """
+    text_format = trained.format
+    room = text_format.canvas * trained.layout.slots or text_format.max_tokens
+    ids = [[] if prompt is None else _prompt_ids(trained, prompt) for prompt in prompts]
+    length = _length(max_new_tokens, trained.layout.codec.capacity(trained.layout.img_size), room)
+    if text_format.enable_condition:
+        rows, invalid = sample(trained.model, [length] * len(ids), options, prompts=ids)
+        starts = [0] * len(ids)
+    else:
+        starts = [len(prompt) for prompt in ids]
+        for prompt, start in zip(prompts, starts, strict=True):
+            if start >= room:
+                raise UserError(f"the prompt {prompt!r} has {start} tokens; the image holds {room}: shorten it")
+        lengths = [min(room, start + length) for start in starts]
+        given = [dict(enumerate(prompt)) for prompt in ids] if any(starts) else None
+        rows, invalid = sample(trained.model, lengths, options, given=given)
+    if invalid:
+        print(f"{invalid} colours were no token; the nearest was taken")
+    return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
+
+
+def _prompt_ids(trained: TrainedModel, prompt: str) -> list[int]:
+    ids = tokenizers.encode_prompt(trained.tokenizer, prompt, trained.format.use_chat_template).tolist()
+    capacity = trained.layout.codec.capacity(trained.layout.img_size)
+    if len(ids) > capacity:
+        raise UserError(f"the prompt {prompt[:40]!r}… has {len(ids)} tokens; an image holds {capacity}: shorten it")
+    return ids
+
+
+def _length(max_new_tokens: int | None, capacity: int, room: int) -> int:
+    if max_new_tokens is None:
+        return room
+    if not 1 <= max_new_tokens <= capacity:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: between 1 and the image's {capacity}")
+    return max_new_tokens
+
+
+def _as_text(trained: TrainedModel, prompt: str | None, row: list[int], start: int) -> dict:
+    eos = trained.format.eos_id
+    ids = row[start:]
+    while ids and ids[0] == eos and not trained.format.enable_condition and start == 0:
+        ids = ids[1:]  # a packed image may open with the end of the text before
+    ids = ids[: ids.index(eos)] if eos in ids else ids
+    text = trained.tokenizer.decode(ids, skip_special_tokens=True)
+    return {"prompt": prompt, "text": text, "token_ids": ids, "num_tokens": len(ids), "image_ids": row}
+
+
+def show(texts: list[dict]) -> None:
+    for number, text in enumerate(texts):
+        title = f"[{number}]" if text["prompt"] is None else f"[{number}] {text['prompt']!r} ->"
+        print(f"{title} ({text['num_tokens']} tokens) {text['text']}")
+
+
+def images_of(trained: TrainedModel, texts: list[dict]) -> Tensor:
+    """The images of generated texts, [n, 3, H, W] in [0, 1]."""
+    layout = trained.layout
+    options = (layout.img_size, layout.layout, layout.patch_size)
+    return torch.stack([(layout.codec.encode(text["image_ids"], *options)[0] + 1) / 2 for text in texts])
+
+
+def save_images(trained: TrainedModel, texts: list[dict], directory: Path) -> None:
+    """Writes sample_0000.png, … into the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    layout = trained.layout
+    for number, text in enumerate(texts):
+        path = directory / f"sample_{number:04d}.png"
+        layout.codec.save_png(path, text["image_ids"], layout.img_size, layout.layout, layout.patch_size)

@@ -1,0 +1,142 @@
+"""The masked objectives, each as (sum over valid pixels, count of valid pixels), and the module that is trained.
+
+The engine divides the sums by the valid pixels of the whole train batch (all ranks, all micro-batches), so that the
+gradient does not depend on how the batch was cut up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ds_tokimg.diffusion import TimestepSampler, add_noise_to_timestep
+from ds_tokimg.flops import train_flops
+from ds_tokimg.heads import cross_entropy
+from ds_tokimg.model import JiT, Prediction
+
+OBJECTIVES = ("ce", "elbo", "mse")
+
+
+def masked_loss(clean_pred: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+    """The reference loss of a micro-batch: squared error over valid pixels, channels summed.
+
+    clean_pred and clean [B, 3, H, W], mask [B, H, W] -> scalar, 0 when no pixel is valid.
+    """
+    squared_error = (clean_pred - clean) ** 2
+    return (squared_error * mask[:, None]).sum() / (mask[:, None].sum() + 1e-8)
+
+
+class Target(NamedTuple):
+    """What a prediction is compared with."""
+
+    clean: Tensor  # [B, N, P]
+    ids: Tensor  # [B, N, K]
+    t: Tensor  # [B, N or 1]
+    elbo_weight: Tensor  # [B, N or 1], see `TimestepSampler.elbo_weight`
+    digit_table: Tensor  # [V, D]
+
+
+def token_losses(objective: str, prediction: Prediction, target: Target) -> Tensor:
+    """What each token contributes to the objective's sum: [B, N, K], float32.
+
+    `mse`: squared error, digits summed. `elbo`: the same times SNR(t) / 2 and divided by the density of log-SNR with
+    which t was drawn: in expectation the bound's integral in nats (Kingma et al., "Variational diffusion models", 2021,
+    eq. 18).
+    `ce`: cross-entropy of the token (of its digits, summed) in nats; the same minimiser, less variance at low noise.
+    """
+    if objective == "ce":
+        return cross_entropy(prediction.logits, target.ids, target.digit_table)
+    slots = target.ids.shape[-1]
+    squared_error = ((prediction.clean - target.clean) ** 2).unflatten(-1, (slots, -1)).sum(-1)  # [B, N, K]
+    if objective == "mse":
+        return squared_error
+    return squared_error * target.elbo_weight[..., None]
+
+
+def probabilities(prediction: Prediction) -> Tensor:
+    """What self-conditioning hands on: the posterior's probabilities, or the clean patches of the linear head."""
+    return prediction.clean if prediction.logits is None else prediction.logits.softmax(-1)
+
+
+class TrainingLoss(nn.Module):
+    """Model and objective in one module, so that one engine owns both. Batches are those of `ds_tokimg.batch`.
+
+    Raises ValueError for an unknown objective, or for `ce` with a head that has no posterior.
+    """
+
+    def __init__(self, model: JiT, objective: str = "ce", timesteps: str = "band"):
+        super().__init__()
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}; available: {', '.join(OBJECTIVES)}")
+        if objective == "ce" and not model.head.features:
+            raise ValueError("objective ce needs head posterior; the linear head has no distribution over tokens")
+        self.model, self.objective = model, objective
+        self.measure_bound = False  # costs a softmax over all candidates that cross-entropy does not need
+        self.timesteps = TimestepSampler(timesteps, model.codec.radix)
+        self.register_buffer("digit_table", model.codec.digit_table, persistent=False)  # [V, D] uint8
+
+    def forward(self, batch: dict[str, Tensor], per_sample: bool = False) -> dict[str, Tensor]:
+        """One micro-batch -> {"loss_sum": scalar, float32, with gradient} and sums for the log.
+
+        batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
+        conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool.
+        With `per_sample` the result has sums over each sample's valid tokens instead, each [B]: "loss" (the
+        objective), "squared_error" (digits summed), "correct" and "invalid" (tokens).
+        """
+        clean = self.colours(batch["ids"])
+        noisy, _ = add_noise_to_timestep(clean, batch["t"], batch["noise"])
+        condition = None
+        if "condition_ids" in batch:
+            condition = (self.colours(batch["condition_ids"]), batch["condition_mask"])
+        earlier = self._first_pass(batch, noisy, condition)
+        prediction = self.model.predict(noisy, batch["t"], batch["mask"], condition, self_condition=earlier)
+        level = batch["t"] if batch["t"].dim() == 2 else batch["t"][:, None]
+        target = Target(clean, batch["ids"], level, self.timesteps.elbo_weight(level), self.digit_table)
+        if self.objective == "ce" and not per_sample:
+            loss_sum = prediction.loss_sum(batch["ids"], batch["mask"])
+            return {"loss_sum": loss_sum} | self._progress(prediction, target, batch)
+        losses = token_losses(self.objective, prediction, target) * batch["mask"]  # [B, N, K]
+        if not per_sample:
+            return {"loss_sum": losses.sum()} | self._progress(prediction, target, batch)
+        ids, invalid = self.model.read(prediction)
+        tokens = {
+            "loss": losses,
+            "squared_error": token_losses("mse", prediction, target) * batch["mask"],
+            "correct": (ids == batch["ids"]) & batch["mask"],
+            "invalid": invalid & batch["mask"],
+        }
+        return {name: value.double().sum((1, 2)) for name, value in tokens.items()}
+
+    @torch.no_grad()
+    def _progress(self, prediction: Prediction, target: Target, batch) -> dict[str, Tensor]:
+        """Sums for the log: tokens, slots and operations computed, and, when asked for, the bound in nats and its tokens (of the
+        samples with one noise level, over the noise levels that are trained)."""
+        mask = batch["mask"]
+        sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
+        sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
+        if self.measure_bound:
+            whole = (target.t == target.t[:, :1]).all(1)[:, None, None] & mask
+            sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
+            sums["bound_tokens"] = whole.sum()
+        return sums
+
+    def _first_pass(self, batch, noisy, condition) -> Tensor | None:
+        """Self-conditioning (Chen et al., "Analog bits", 2022): what the model itself predicts at first, for the
+        samples whose draw says so; zeros, the input of a first pass, for the others."""
+        if "self_condition" not in batch:
+            return None
+        with torch.no_grad():
+            prediction = self.model.predict(noisy, batch["t"], batch["mask"], condition)
+            value = probabilities(prediction)
+        chosen = batch["self_condition"].view(-1, *[1] * (value.dim() - 1))
+        return value * chosen
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """Valid pixels of a micro-batch."""
+        return int(batch["mask"].sum()) * self.model.codec.token_size**2
+
+    def colours(self, ids: Tensor) -> Tensor:
+        """ids [B, N, K] -> clean patches [B, N, P] float32 in [-1, 1]."""
+        return (self.digit_table[ids].float() * (2.0 / (self.model.codec.radix - 1)) - 1.0).flatten(2)

@@ -1,0 +1,462 @@
+"""JiT: a transformer that predicts the clean image from a noisy one, patch by patch.
+
+After Li & He, "Back to Basics: Let Denoising Generative Models Denoise" (2025): x-prediction, bottleneck patch
+embedding, RMSNorm, SwiGLU, RoPE, qk-norm, adaLN-Zero. One change: the modulation is computed once and shared by the
+blocks, each of which adds a learned offset (adaLN-single, Chen et al., PixArt-alpha, 2023), because a noise level of
+its own for every patch would otherwise cost half as much again as the blocks themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
+from ds_tokimg.diffusion import alpha_sigma, log_snr
+from ds_tokimg.heads import DigitHead, LinearHead, TokenHead
+
+#                 depth, width, heads, bottleneck of the patch embedding
+SIZES = {
+    "XS": (6, 192, 6, 192),
+    "S": (12, 384, 6, 128),
+    "B": (12, 768, 12, 128),
+    "L": (24, 1024, 16, 128),
+    "H": (32, 1280, 16, 256),
+}
+PATCH_SIZES = (2, 4, 8)
+HEADS = ("posterior", "linear")
+POSITIONS = ("reading", "grid")
+# Up to this vocabulary a posterior over whole tokens costs less than the transformer of the smallest model.
+TOKEN_POSTERIOR_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class JiTConfig:
+    """The shape of a model: with the codec, all that `JiT` needs."""
+
+    depth: int
+    width: int
+    heads: int
+    bottleneck: int
+    patch_size: int = 4
+    img_size: int = 64
+    head: str = "posterior"
+    posterior: str = "auto"
+    layout: str = "patch"
+    positions: str = "reading"
+    self_conditioning: bool = False
+    activation_checkpointing: bool = False
+
+
+def model_names() -> list[str]:
+    return [f"JiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
+
+
+class Prediction:
+    """What the model says about patches. All but what the network put out is computed when it is asked for.
+
+    logits: float32 [B, N, K, V] or [B, N, K, D, radix]; None for the linear head.
+    clean: the posterior mean (linear head: its output), float32 [B, N, P].
+    """
+
+    def __init__(self, head: nn.Module, output: Tensor, evidence: Tensor | None):
+        self._head, self._output, self._evidence = head, output, evidence
+
+    @classmethod
+    def of_logits(cls, head: nn.Module, logits: Tensor) -> Prediction:
+        prediction = cls(head, logits, None)
+        prediction.logits = logits
+        return prediction
+
+    @cached_property
+    def logits(self) -> Tensor | None:
+        return None if self._evidence is None else self._head.logits(self._output, self._evidence)
+
+    @cached_property
+    def clean(self) -> Tensor:
+        return self._output if self.logits is None else self._head.clean(self.logits)
+
+    def loss_sum(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy of ids [B, N, K] in nats, summed over valid tokens; cheaper than through the logits."""
+        return self._head.loss_sum(self._output, self._evidence, ids, mask)
+
+
+class JiT(nn.Module):
+    """Noisy token images -> clean ones. See `forward` (images) and `predict` (patches, what training uses)."""
+
+    def __init__(self, codec: TokenCodec, config: JiTConfig):
+        super().__init__()
+        check_geometry(config.img_size, codec.token_size, config.layout, config.patch_size)
+        if config.head not in HEADS:
+            raise ValueError(f"unknown head {config.head!r}; available: {', '.join(HEADS)}")
+        if config.positions not in POSITIONS:
+            raise ValueError(f"unknown positions {config.positions!r}; available: {', '.join(POSITIONS)}")
+        self.codec, self.config = codec, config
+        self.slots = (config.patch_size // codec.token_size) ** 2  # K, tokens a patch
+        self.num_patches = (config.img_size // config.patch_size) ** 2
+        pixels = self.slots * codec.digits_per_token  # P
+        self.head = build_head(codec, config, self.slots)
+        inputs = pixels + self.head.features
+        if config.self_conditioning:
+            inputs += self.head.features or pixels
+        self.patch_embed = nn.Sequential(
+            nn.Linear(inputs, config.bottleneck, bias=False), nn.Linear(config.bottleneck, config.width)
+        )
+        self.segment_embed = nn.Embedding(2, config.width)  # 0: image, 1: condition
+        self.time_embed = TimestepEmbedding(config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.final = FinalLayer(config.width)
+        nn.init.zeros_(self.segment_embed.weight)
+
+    # ---- construction and files ----
+
+    @classmethod
+    def from_name(cls, name: str, codec: TokenCodec, img_size: int = 64, head: str = "posterior", **options) -> JiT:
+        """A model by its name, "JiT-SIZE/PATCH" with SIZE one of XS, S, B, L, H and PATCH one of 2, 4, 8.
+
+        `options` are further fields of JiTConfig. Raises ValueError for unknown names.
+        """
+        return cls(codec, config_of_name(name, img_size=img_size, head=head, **options))
+
+    def save_pretrained(self, directory) -> None:
+        """Writes model.json (shape and codec) and model.safetensors (float32 weights)."""
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().float().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, directory / "model.safetensors")
+        (directory / "model.json").write_text(self.description() + "\n")
+
+    def description(self) -> str:
+        """Shape and codec as JSON: the content of model.json."""
+        return json.dumps({"model": asdict(self.config), "codec": self.codec.to_dict()})
+
+    @classmethod
+    def from_pretrained(cls, directory) -> JiT:
+        """Reads what `save_pretrained` (or `python -m ds_tokimg export`) wrote; needs no DeepSpeed.
+
+        Raises FileNotFoundError when the folder is not an export.
+        """
+        from safetensors.torch import load_file
+
+        directory = Path(directory)
+        description = json.loads((directory / "model.json").read_text())
+        model = cls(TokenCodec.from_dict(description["codec"]), JiTConfig(**description["model"]))
+        model.load_state_dict(load_file(directory / "model.safetensors"))
+        return model.eval()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.final.modulation.weight.dtype
+
+    # ---- images ----
+
+    def forward(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        mask: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts clean images.
+
+        Args:
+            noisy: [B, 3, H, W], see `add_noise_to_timestep`.
+            t: timesteps in [0, 1000), [B], or [B, patches] for a noise level per patch (reading order).
+            condition: clean image [B, 3, H, W] whose patches are put before the noisy ones (a prompt), or None.
+            mask: [B, H, W], pixels > 0 are valid; None: all. A patch without a valid pixel is not computed;
+                cells without one are 0 in the result.
+            condition_mask: the same for the condition; an image without a valid pixel is no condition.
+
+        Returns clean_pred [B, 3, H, W] float32.
+        """
+        patches, slot_mask = self.patchify(noisy), self.slot_mask(mask, noisy)
+        index, slot_mask = _valid_first(slot_mask)  # [B, n], [B, n, K]
+        patches = _take(patches, index)
+        if t.dim() == 2:
+            t = t.gather(1, index)
+        prompt = None
+        if condition is not None:
+            prompt_index, prompt_mask = _valid_first(self.slot_mask(condition_mask, condition))
+            prompt = (_take(self.patchify(condition), prompt_index), prompt_mask)
+        clean = self.predict(patches, t, slot_mask, condition=prompt, positions=index).clean
+        clean = _mask_slots(clean.unflatten(-1, (self.slots, -1)), slot_mask).flatten(2)
+        full = clean.new_zeros(len(noisy), self.num_patches, clean.shape[-1])
+        return self.unpatchify(full.scatter(1, index[..., None].expand_as(clean), clean))
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> patches in rows [B, N, P], values of a patch ordered [slot, pixel, channel]."""
+        order = self._pixels(images.device)
+        return images.flatten(2)[:, :, order].permute(0, 2, 3, 1).flatten(2)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """The inverse of `patchify`."""
+        size = self.config.img_size
+        order = self._pixels(patches.device).flatten()
+        values = patches.unflatten(-1, (-1, 3)).flatten(1, 2).transpose(1, 2)  # [B, 3, H*W] in patch order
+        images = torch.empty_like(values)
+        images[:, :, order] = values
+        return images.view(-1, 3, size, size)
+
+    def slot_mask(self, mask: Tensor | None, images: Tensor) -> Tensor:
+        """Pixel mask [B, H, W] -> token mask [B, N, K] bool: a slot is valid if any of its pixels is."""
+        if mask is None:
+            return torch.ones(len(images), self.num_patches, self.slots, dtype=torch.bool, device=images.device)
+        return (mask.flatten(1)[:, self._pixels(mask.device)] > 0).unflatten(-1, (self.slots, -1)).any(-1)
+
+    def _pixels(self, device) -> Tensor:
+        size, patch = self.config.img_size, self.config.patch_size
+        order = pixel_order(size, self.codec.token_size, "patch", patch)
+        return order.view(self.num_patches, -1).to(device)  # [N, K * token_size^2]
+
+    # ---- patches ----
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        slot_mask: Tensor,
+        condition: tuple[Tensor, Tensor] | None = None,
+        positions: Tensor | None = None,
+        self_condition: Tensor | None = None,
+    ) -> Prediction:
+        """Predicts clean patches.
+
+        Args:
+            noisy: [B, N, P] float32 patches, N at most the image's number of patches.
+            t: [B] or [B, N].
+            slot_mask: [B, N, K] bool, slots that hold a token. Patches without one are ignored by all others.
+            condition: (clean patches [B, M, P], slot_mask [B, M, K]) or None.
+            positions: [B, N] place of each patch in the image; None: 0, 1, 2, …
+            self_condition: an earlier prediction's probabilities (or clean patches, linear head), or None.
+        """
+        batch, count, _ = noisy.shape
+        level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
+        inputs, evidence = self._inputs(noisy, level, slot_mask, self_condition)
+        x = self._embed(inputs, segment=0)
+        time = self.time_embed(level)  # [B, N or 1, 6C]
+        valid = slot_mask.any(-1)
+        if positions is None:
+            positions = torch.arange(count, device=noisy.device).expand(batch, count)
+        if condition is not None:
+            prefix, prefix_time, prefix_valid, prefix_positions = self._prefix(*condition)
+            x, valid = torch.cat([prefix, x], 1), torch.cat([prefix_valid, valid], 1)
+            positions = torch.cat([prefix_positions, positions], 1)
+            time = torch.cat([prefix_time.expand(batch, prefix.shape[1], -1), time.expand(batch, count, -1)], 1)
+        x = self._transform(x, time, valid, positions)[:, -count:]
+        hidden = self.final(x, time[:, -count:] if time.shape[1] > 1 else time)
+        return Prediction(self.head, self.head(hidden), evidence)
+
+    def read(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        """Most likely tokens of a prediction: ids int64 [B, N, K], and bool [B, N, K]: the colour is no token."""
+        if prediction.logits is None:
+            return self.codec.nearest(prediction.clean.unflatten(-1, (self.slots, -1)))
+        chosen = prediction.logits.argmax(-1)
+        colours = self.head.colours(chosen).unflatten(-1, (self.slots, -1))
+        return self.codec.nearest(colours)
+
+    def _inputs(self, noisy, level, slot_mask, self_condition):
+        """Features of the patches [B, N, F] (padding slots zeroed), and the head's evidence (None for `linear`)."""
+        parts, evidence = [noisy.unflatten(-1, (self.slots, -1))], None  # each [B, N, K, features]
+        if self.head.features:
+            evidence = self.head.evidence(noisy, *alpha_sigma(level))
+            parts.append(self.head.features_of(evidence))
+        if self.config.self_conditioning:
+            parts.append(self._embed_self_condition(self_condition, parts[-1]))
+        parts = [(part * slot_mask[..., None]).flatten(2).to(self.compute_dtype) for part in parts]
+        return torch.cat(parts, -1), evidence
+
+    def _embed_self_condition(self, value, like):
+        if value is None:
+            return torch.zeros_like(like)
+        if self.head.features:
+            return self.head.embed(value)
+        return value.unflatten(-1, (self.slots, -1))
+
+    def _embed(self, inputs: Tensor, segment: int) -> Tensor:
+        """[B, N, F] -> [B, N, C]."""
+        # Through the module's forward, not its weight: ZeRO-3 gathers parameters when a module is called.
+        return self.patch_embed(inputs) + self.segment_embed(torch.tensor(segment, device=inputs.device))
+
+    def _prefix(self, patches: Tensor, slot_mask: Tensor):
+        """Embeds the condition; its last patch gets position -1, so that it stands next to the image's first."""
+        batch, count, _ = patches.shape
+        level = patches.new_zeros(batch, 1)
+        inputs, _ = self._inputs(patches, level, slot_mask, None)
+        x = self._embed(inputs, segment=1)
+        valid = slot_mask.any(-1)
+        positions = torch.arange(count, device=patches.device) - valid.sum(1, keepdim=True)
+        return x, self.time_embed(level), valid, positions
+
+    def _transform(self, x: Tensor, time: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
+        rotation = self._rotation(positions)
+        # A row without any valid patch attends to everything: its output is ignored but must stay finite.
+        keys = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]  # [B, 1, 1, N]
+        for block in self.blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, time, rotation, keys, use_reentrant=False)
+            else:
+                x = block(x, time, rotation, keys)
+        return x
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of RoPE, each [B, 1, N, head_dim / 2] (Su et al. 2021; `grid`: half the channels an axis)."""
+        half = self.config.width // self.config.heads // 2
+        if self.config.positions == "reading":
+            angles = positions[..., None] * _frequencies(half, positions.device)
+        else:
+            across = self.config.img_size // self.config.patch_size
+            rows, columns = positions.div(across, rounding_mode="floor"), positions.remainder(across)
+            frequencies = _frequencies(half // 2, positions.device)
+            angles = torch.cat([rows[..., None] * frequencies, columns[..., None] * frequencies], -1)
+        angles = angles[:, None]
+        return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """Noise level -> the modulation that all blocks share. Fed with log-SNR, in which tokens become readable."""
+
+    def __init__(self, width: int, frequencies: int = 64):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [B, n] -> [B, n, 6C]."""
+        value = log_snr(t)[..., None]
+        # Periods from 0.25 to 60 in log-SNR: from a small part of the band to all of it.
+        rates = torch.exp(torch.linspace(math.log(25.0), math.log(0.1), self.frequencies, device=t.device))
+        waves = torch.cat([(value * rates).cos(), (value * rates).sin()], -1)
+        return self.modulation(F.silu(self.mlp(waves.to(self.modulation.weight.dtype))))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each modulated by the noise level and gated by zero at the start (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        hidden = 64 * round(width * 8 / 3 / 64)  # SwiGLU has three matrices where an MLP has two: 4C * 2/3
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = SwiGLU(width, hidden)
+        self.offset = nn.Parameter(torch.zeros(6 * width))  # [6C]
+
+    def forward(self, x: Tensor, time: Tensor, rotation, keys: Tensor | None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.offset).chunk(6, -1)  # [B, N or 1, C]
+        x = x + gate1 * self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, keys)
+        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation, keys: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer, "GLU variants improve transformer" (2020)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """Zhang & Sennrich (2019)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast x may be in half precision; the fused kernel wants the weight to be alike.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+
+
+class FinalLayer(nn.Module):
+    """The last norm, modulated by the noise level through the same embedding as the blocks."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.modulation = nn.Linear(6 * width, 2 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(time)).chunk(2, -1)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel pairs (i, i + d/2) of x [B, heads, N, d] by the angles of cos and sin."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def build_head(codec: TokenCodec, config: JiTConfig, slots: int) -> nn.Module:
+    if config.head == "linear":
+        return LinearHead(codec, slots, config.width)
+    posterior = config.posterior
+    if posterior == "auto":
+        posterior = "tokens" if codec.vocab_size <= TOKEN_POSTERIOR_LIMIT else "digits"
+    if posterior not in ("tokens", "digits"):
+        raise ValueError(f"unknown posterior {posterior!r}; available: auto, tokens, digits")
+    return (TokenHead if posterior == "tokens" else DigitHead)(codec, slots, config.width)
+
+
+def config_of_name(name: str, **options) -> JiTConfig:
+    """JiTConfig of "JiT-SIZE/PATCH"; raises ValueError that lists the names there are."""
+    size, _, patch = name.removeprefix("JiT-").partition("/")
+    if not name.startswith("JiT-") or size not in SIZES or patch not in map(str, PATCH_SIZES):
+        raise ValueError(f"unknown model {name!r}; available: {', '.join(model_names())}")
+    depth, width, heads, bottleneck = SIZES[size]
+    return JiTConfig(depth, width, heads, bottleneck, patch_size=int(patch), **options)
+
+
+def _frequencies(count: int, device) -> Tensor:
+    return 10_000.0 ** (-torch.arange(count, device=device) / count)
+
+
+def _mask_slots(probabilities: Tensor, slot_mask: Tensor) -> Tensor:
+    return probabilities * slot_mask.view(slot_mask.shape + (1,) * (probabilities.dim() - 3))
+
+
+def _take(patches: Tensor, index: Tensor) -> Tensor:
+    return patches.gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
+
+
+def _valid_first(slot_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [B, n] of each row's valid patches, in order, n the largest count of the batch (at least 1; shorter rows
+    are filled up with invalid ones), and their slot masks [B, n, K]."""
+    valid = slot_mask.any(-1)
+    count = max(1, int(valid.sum(1).max()))
+    index = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)[:, :count]
+    return index, slot_mask.gather(1, index[..., None].expand(-1, -1, slot_mask.shape[-1]))

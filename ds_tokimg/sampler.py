@@ -1,0 +1,236 @@
+"""Samplers: from noise to tokens along the model's own noising path.
+
+With noisy = alpha clean + sigma noise the probability-flow step from t to s < t, given a prediction of clean, is
+z_s = (sigma_s / sigma_t) z + (alpha_s - alpha_t sigma_s / sigma_t) clean_pred: Euler in sigma, exact while the
+prediction stays the same. `heun` corrects it with the prediction at s (Karras et al., "Elucidating the design
+space", 2022, algorithm 1). `ancestral` draws clean from the predicted posterior, token by token, and z_s from
+q(z_s | z_t, clean) (Ho et al. 2020, eq. 6): a walk that ends with the right distribution as steps become small, and
+unlike the flow forgets its mistakes. States are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_tokimg.batch import PatchLayout
+from ds_tokimg.bound import noise_levels
+from ds_tokimg.diffusion import alpha_sigma, timestep_of_log_snr
+from ds_tokimg.loss import probabilities
+from ds_tokimg.model import JiT, Prediction
+from ds_tokimg.rng import Stream, generator
+
+SAMPLERS = ("ancestral", "euler", "heun")
+START = 999.0  # the noisiest timestep
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample.
+
+    steps: network evaluations (two a step for `heun`, so half as many steps).
+    guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
+    Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
+    """
+
+    steps: int = 64
+    sampler: str = "ancestral"
+    guidance_scale: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError("steps and batch_size must be at least 1")
+
+
+def timestep_grid(radix: int, steps: int) -> Tensor:
+    """Timesteps START > … > 0, float64 [steps + 1], close together where tokens of this code become readable."""
+    quantiles = (np.arange(steps - 1) + 0.5) / max(1, steps - 1)
+    log_snr, _ = noise_levels(radix).quantile(quantiles)
+    inner = timestep_of_log_snr(torch.from_numpy(log_snr))
+    return torch.cat([torch.tensor([START], dtype=torch.float64), inner, torch.zeros(1, dtype=torch.float64)])
+
+
+@torch.no_grad()
+def sample(
+    model: JiT,
+    lengths: list[int],
+    options: SamplingOptions,
+    prompts: list | None = None,
+    given: list[dict[int, int]] | None = None,
+) -> tuple[list[list[int]], int]:
+    """Writes texts.
+
+    Args:
+        model: in eval mode, on its device.
+        lengths: tokens to write, one number per text (a text may end earlier with EOS, which is the caller's to see).
+        prompts: token ids per text that the model is conditioned on, or None.
+        given: per text {place: token id} of tokens that are known and stay fixed (infilling), or None. Patches that
+            are known as a whole are shown without noise; a known token that shares its patch with unknown ones is as
+            noisy as these, so that early on they hardly depend on it.
+
+    Returns the ids of each text, and how many of all sampled colours were no token. A text depends on the options'
+    seed and its place in the list, not on the batch it was sampled in.
+    """
+    texts, invalid = [], 0
+    for start in range(0, len(lengths), options.batch_size):
+        rows = range(start, min(len(lengths), start + options.batch_size))
+        walk = _Walk(model, lengths, rows, options, prompts, given)
+        ids, bad = walk.run()
+        texts += ids
+        invalid += bad
+    return texts, invalid
+
+
+class _Walk:
+    """One batch on its way from noise to tokens."""
+
+    def __init__(self, model, lengths, rows, options, prompts, given):
+        self.model, self.options = model, options
+        config = model.config
+        self.device = next(model.parameters()).device
+        layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
+        self.layout, self.lengths = layout, [lengths[i] for i in rows]
+        _, mask = layout.pack([np.zeros(n, np.int64) for n in self.lengths])
+        self.mask = mask.to(self.device)  # [B, N, K]
+        self.patches = layout.num_patches(self.lengths)  # [B]
+        self.draws = [generator(options.seed, Stream.GENERATION, 0, i) for i in rows]
+        self.condition = self._condition([prompts[i] for i in rows]) if prompts is not None else None
+        self.fixed_ids, self.fixed = self._given([given[i] for i in rows] if given is not None else None)
+        self.fixed_clean = self._colours(self.fixed_ids)  # [B, N, P], meaningful where fixed
+        self.earlier: Tensor | None = None
+
+    def _condition(self, prompts):
+        ids, mask = self.layout.pack([np.asarray(prompt, np.int64) for prompt in prompts])
+        return self._colours(ids), mask.to(self.device)
+
+    def _colours(self, ids: Tensor) -> Tensor:
+        return self.model.codec.codebook[ids.cpu()].flatten(2).to(self.device)  # [B, N, P]
+
+    def _given(self, given) -> tuple[Tensor, Tensor]:
+        """Known tokens: ids [B, N, K] (0 elsewhere) and where they are, bool [B, N, K]."""
+        if given is None:
+            return torch.zeros_like(self.mask, dtype=torch.int64), torch.zeros_like(self.mask)
+        texts, known = [], []
+        for length, places in zip(self.lengths, given, strict=True):
+            text, where = np.zeros(length, np.int64), np.zeros(length, np.int64)
+            for place, token in places.items():
+                text[place], where[place] = token, 1
+            texts.append(text)
+            known.append(where)
+        return self.layout.pack(texts)[0].to(self.device), self.layout.pack(known)[0].to(self.device) > 0
+
+    def _normal(self) -> Tensor:
+        """Standard normal [B, N, P], float64."""
+        return self._random((self.layout.values,), lambda draw, shape: draw.standard_normal(shape))
+
+    def _random(self, shape: tuple[int, ...], draw_from: Callable) -> Tensor:
+        """[B, N, *shape] from each text's own generator, for its own patches only: independent of the batch."""
+        count = self.mask.shape[1]
+        values = np.ones((len(self.draws), count, *shape))
+        for row, draw, own in zip(values, self.draws, self.patches, strict=True):
+            row[:own] = draw_from(draw, (own, *shape))
+        return torch.from_numpy(values).to(self.device)
+
+    def run(self) -> tuple[list[list[int]], int]:
+        grid = timestep_grid(self.model.codec.radix, self._num_steps())
+        step: Callable = {"euler": self._euler, "heun": self._heun, "ancestral": self._ancestral}[self.options.sampler]
+        z = self._normal()
+        for t, s in pairwise(grid[:-1].tolist()):
+            z = step(z, t, s)
+        ids, invalid = self._last(z, float(grid[-2]))
+        ids = torch.where(self.fixed, self.fixed_ids, ids)
+        order = self.layout.order[: ids.shape[1]].flatten()
+        in_text = torch.argsort(order)
+        rows = ids.flatten(1).cpu()[:, in_text]
+        return [row[:n].tolist() for row, n in zip(rows, self.lengths, strict=True)], int((invalid & self.mask).sum())
+
+    def _num_steps(self) -> int:
+        return max(1, self.options.steps // 2) if self.options.sampler == "heun" else self.options.steps
+
+    # ---- predictions ----
+
+    def _predict(self, z: Tensor, t: float) -> Prediction:
+        """The guided prediction at timestep t, certain of the known tokens."""
+        scale = self.options.guidance_scale
+        if self.condition is None or scale == 0:
+            prediction = self._network(z, t, None)
+        else:
+            prediction = self._network(z, t, self.condition)
+            if scale != 1:
+                prediction = self._guide(self._network(z, t, None), prediction, scale)
+        prediction = self._with_given(prediction)
+        if self.model.config.self_conditioning:
+            self.earlier = probabilities(prediction)
+        return prediction
+
+    def _network(self, z: Tensor, t: float, condition) -> Prediction:
+        levels = torch.full(self.mask.shape[:2], t, device=self.device)
+        # A patch that is known as a whole is shown without noise, as prompts are in training.
+        levels = levels.masked_fill((self.fixed | ~self.mask).all(-1) & self.fixed.any(-1), 0.0)
+        z = torch.where((levels == 0)[..., None], self.fixed_clean.to(z.dtype), z)
+        t_in = levels if self.fixed.any() else levels[:, 0]
+        return self.model.predict(z.float(), t_in, self.mask, condition, self_condition=self.earlier)
+
+    def _guide(self, without: Prediction, given: Prediction, scale: float) -> Prediction:
+        head = self.model.head
+        if given.logits is None:
+            return Prediction(head, without.clean + scale * (given.clean - without.clean), None)
+        return Prediction.of_logits(head, without.logits + scale * (given.logits - without.logits))
+
+    def _with_given(self, prediction: Prediction) -> Prediction:
+        """The same where nothing is known. Every step moves towards what is predicted, so that the states of known
+        tokens stay on their own noising path."""
+        if not self.fixed.any():
+            return prediction
+        head = self.model.head
+        if prediction.logits is None:
+            where = self.fixed.repeat_interleave(self.model.codec.digits_per_token, -1)
+            return Prediction(head, torch.where(where, self.fixed_clean, prediction.clean), None)
+        # What a clean colour says of its token: hundreds of nats for the one, against all others.
+        certain = head.log_likelihood(self.fixed_clean, *alpha_sigma(torch.zeros(1, 1, device=self.device)))
+        where = self.fixed.view(self.fixed.shape + (1,) * (certain.dim() - 3))
+        return Prediction.of_logits(head, prediction.logits + certain * where)
+
+    # ---- steps ----
+
+    def _euler(self, z: Tensor, t: float, s: float, clean: Tensor | None = None) -> Tensor:
+        clean = self._predict(z, t).clean.double() if clean is None else clean
+        ratio = s / t  # sigma_s / sigma_t
+        return ratio * z + ((1 - s / 1000) - (1 - t / 1000) * ratio) * clean
+
+    def _heun(self, z: Tensor, t: float, s: float) -> Tensor:
+        here = self._predict(z, t).clean.double()
+        there = self._predict(self._euler(z, t, s, here), s).clean.double()
+        return self._euler(z, t, s, 0.5 * (here + there))
+
+    def _ancestral(self, z: Tensor, t: float, s: float) -> Tensor:
+        clean = self._draw(self._predict(z, t)).double()
+        alpha_t, sigma_t, alpha_s, sigma_s = 1 - t / 1000, t / 1000, 1 - s / 1000, s / 1000
+        ratio = alpha_t / alpha_s
+        variance = sigma_t**2 - ratio**2 * sigma_s**2  # of q(z_t | z_s)
+        mean = (ratio * sigma_s**2 * z + alpha_s * variance * clean) / sigma_t**2
+        return mean + (sigma_s**2 * variance / sigma_t**2) ** 0.5 * self._normal()
+
+    def _draw(self, prediction: Prediction) -> Tensor:
+        """Clean patches drawn from the posterior (the mean itself for the linear head, which has no posterior)."""
+        if prediction.logits is None:
+            return prediction.clean
+        return self.model.head.colours(self._choose(prediction.logits))
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """Draws from softmax(logits) along the last axis (Gumbel maximum, noise from each text's own generator)."""
+        exponential = self._random(logits.shape[2:], lambda draw, shape: draw.standard_exponential(shape))
+        return (logits - exponential.log()).argmax(-1)
+
+    def _last(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Reads the tokens off the cleanest state."""
+        return self.model.read(self._predict(z, t))

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment (once) and trains on the bundled corpus. Further flags go to the trainer:
+#   bash launch/train.sh --epochs 8 --output_dir runs/longer
+# RANKS=N starts N ranks; without it, one on a CPU and one per GPU elsewhere.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+
+if ! command -v nvidia-smi >/dev/null; then
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} RANKS=${RANKS:-1}
+fi
+exec deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} --module ds_tokimg train \
+    --data_path data/web_narrative.txt \
+    --model JiT-XS/2 --max_tokens 256 --epochs 4 --lr 3e-3 --train_batch_size 16 \
+    --eval_interval 200 --save_interval 200 \
+    --output_dir "runs/$(date +%Y%m%d-%H%M%S)" \
+    "$@"

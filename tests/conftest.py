@@ -1,0 +1,33 @@
+"""Options and fixtures of all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Ranks and tests share few cores; DeepSpeed looks for an accelerator otherwise.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run pytest with --all"))
+
+
+@pytest.fixture(scope="session")
+def shared_tokenizers() -> Path:
+    """A folder with real tokenizers, `qwen3` and `smollm2`; tests that need it are skipped where it is missing."""
+    folder = Path(os.environ.get("DS_TOKIMG_TOKENIZERS", ROOT.parent / "shared" / "tokenizers"))
+    if not folder.is_dir():
+        pytest.skip(f"no tokenizers in {folder} (set DS_TOKIMG_TOKENIZERS)")
+    return folder

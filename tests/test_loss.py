@@ -1,0 +1,275 @@
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Categorical
+
+from ds_tokimg.batch import BatchMaker
+from ds_tokimg.codec import TokenCodec
+from ds_tokimg.diffusion import add_noise_to_timestep
+from ds_tokimg.loss import OBJECTIVES, TrainingLoss, masked_loss
+from tests.tiny import layout_of, random_texts, tiny_model
+
+CODEC = TokenCodec(50)
+KINDS = [
+    ("ce", {"posterior": "tokens"}),
+    ("ce", {"posterior": "digits"}),
+    ("elbo", {"posterior": "tokens"}),
+    ("mse", {"posterior": "digits"}),
+    ("mse", {"head": "linear"}),
+]
+LENGTHS = [256, 100, 33, 32, 7, 1]
+
+
+def module_and_batch(
+    objective="ce", timesteps="band", patch_noise=0.5, conditions=True, self_conditioning=0.5, **options
+):
+    """A module of random weights, and a function from sample indices to their batch."""
+    model = tiny_model(CODEC, self_conditioning=self_conditioning > 0, **options)
+    module = TrainingLoss(model, objective, timesteps)
+    texts = random_texts(50, LENGTHS, [3, 0, 20, 60, 1, 2])
+    maker = BatchMaker(
+        layout_of(model),
+        module.timesteps,
+        seed=0,
+        patch_noise=patch_noise,
+        condition_drop=0.2 if conditions else None,
+        self_conditioning=self_conditioning,
+    )
+    return module, lambda indices: maker(texts, indices, indices, epoch=0)
+
+
+def gradients(module):
+    result = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+    module.zero_grad(set_to_none=False)
+    return result
+
+
+def test_masked_loss_is_the_reference_formula_to_the_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.0, 0.3, 1.0):
+        clean_pred, clean = torch.randn(2, 4, 3, 64, 64, generator=generator)
+        mask = (torch.rand(4, 64, 64, generator=generator) < share).float()
+        reference = ((clean_pred - clean) ** 2 * mask[:, None]).sum() / (mask[:, None].sum() + 1e-8)
+        assert torch.equal(masked_loss(clean_pred, clean, mask), reference)
+        exact = ((clean_pred.double() - clean.double()) ** 2 * mask[:, None]).sum() / max(1.0, float(mask.sum()))
+        assert float(reference) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["patch", "raster"])
+@pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
+def test_mse_is_the_masked_loss_of_the_images(head, layout):
+    """The trainer works on patches; on images, with the public functions, the same must come out."""
+    module, batch_of = module_and_batch(
+        "mse", layout=layout, conditions=False, patch_noise=0, self_conditioning=0, **head
+    )
+    batch = batch_of(range(len(LENGTHS)))
+    texts = random_texts(50, LENGTHS).texts
+    images, masks = zip(*(CODEC.encode(text, 16, layout) for text in texts), strict=True)
+    clean, mask = torch.stack(images), torch.stack(masks)
+    noise = torch.zeros(len(texts), 16, 48)
+    noise[:, : batch["noise"].shape[1]] = batch["noise"]
+    noisy, _ = add_noise_to_timestep(clean, batch["t"], module.model.unpatchify(noise))
+    expected = masked_loss(module.model(noisy, batch["t"], condition=None, mask=mask), clean, mask)
+    result = module(batch)["loss_sum"] / module.count(batch)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=0)
+    assert module.count(batch) == mask.sum()
+
+
+@pytest.mark.parametrize("posterior", ["tokens", "digits"])
+def test_objectives_by_their_formulas(posterior):
+    module, batch_of = module_and_batch(conditions=False, self_conditioning=0, posterior=posterior)
+    batch = batch_of([0, 1, 2])
+    model, mask, t = module.model, batch["mask"], batch["t"]
+    clean = CODEC.codebook[batch["ids"]].flatten(2)
+    noisy = (1 - t / 1000)[..., None] * clean + (t / 1000)[..., None] * batch["noise"]
+    prediction = model.predict(noisy, t, mask)
+    squared_error = ((prediction.clean - clean) ** 2).unflatten(-1, (16, 3)).sum(-1) * mask
+    band = module.timesteps.band
+    snr = ((1 - t / 1000) / (t / 1000)) ** 2
+    if posterior == "tokens":
+        log_p = Categorical(logits=prediction.logits).log_prob(batch["ids"])
+    else:
+        digits = torch.stack([batch["ids"] // 4**k % 4 for k in range(3)], -1)
+        log_p = Categorical(logits=prediction.logits).log_prob(digits).sum(-1)
+    expected = {
+        "mse": squared_error.sum(),
+        "elbo": (squared_error * (0.5 * snr * (band.high - band.low))[..., None]).sum(),
+        "ce": -(log_p * mask).sum(),
+    }
+    for objective in OBJECTIVES:
+        result = TrainingLoss(model, objective)(batch)["loss_sum"]
+        torch.testing.assert_close(result, expected[objective], rtol=1e-4, atol=0)
+
+
+def test_elbo_in_expectation_is_the_bound_without_context():
+    """Uniform tokens of a full code and a reader without context: the integral is the information in what the
+    timesteps cover, all of log V for uniform ones and all but one percent for the band."""
+    codec = TokenCodec(64)
+    model = tiny_model(codec, trained=False)
+    texts = random_texts(64, [256] * 64)
+    for timesteps, share in (("band", 0.99), ("uniform", 1.0)):
+        module = TrainingLoss(model, "elbo", timesteps)
+        maker = BatchMaker(layout_of(model), module.timesteps, seed=1)
+        batch = maker(texts, range(64), range(64), 0)
+        nats = module(batch)["loss_sum"].item() / batch["mask"].sum().item()
+        assert nats == pytest.approx(share * math.log(64), rel=0.05)
+
+
+@pytest.mark.parametrize(("objective", "head"), KINDS)
+def test_micro_batches_sum_to_the_whole(objective, head):
+    module, batch_of = module_and_batch(objective, **head)
+    whole = batch_of(range(6))
+    result = module(whole)
+    result["loss_sum"].backward()
+    expected = gradients(module)
+    parts = [batch_of(part) for part in ([0], [1, 2], [], [3, 4, 5])]
+    sums = []
+    for part in parts:
+        output = module(part)
+        output["loss_sum"].backward()
+        sums.append(output)
+    torch.testing.assert_close(sum(s["loss_sum"] for s in sums), result["loss_sum"], rtol=1e-5, atol=0)
+    assert sum(module.count(part) for part in parts) == module.count(whole) == sum(LENGTHS)
+    assert sum(int(s["valid_tokens"]) for s in sums) == int(result["valid_tokens"]) == sum(LENGTHS)
+    difference = gradients(module) - expected
+    assert difference.norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(("objective", "head"), KINDS)
+def test_padding_has_no_influence(objective, head):
+    module, batch_of = module_and_batch(objective, **head)
+    batch = batch_of(range(6))
+    loss = module(batch)["loss_sum"]
+    loss.backward()
+    expected = gradients(module)
+    other = dict(batch)
+    valid = batch["mask"]
+    other["ids"] = torch.where(valid, batch["ids"], 49)
+    values = valid.repeat_interleave(3, -1)
+    other["noise"] = torch.where(values, batch["noise"], 50.0)
+    other["t"] = torch.where(valid.any(-1), batch["t"], 3.0)
+    prompts = batch["condition_mask"]
+    other["condition_ids"] = torch.where(prompts, batch["condition_ids"], 49)
+    changed = module(other)["loss_sum"]
+    torch.testing.assert_close(changed, loss, rtol=1e-6, atol=0)
+    changed.backward()
+    assert (gradients(module) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("timesteps", ["band", "uniform", "logit_normal"])
+@pytest.mark.parametrize("patch_noise", [0.0, 0.5])
+@pytest.mark.parametrize(("objective", "head"), KINDS)
+def test_an_empty_micro_batch_contributes_exactly_nothing(objective, head, patch_noise, timesteps):
+    module, batch_of = module_and_batch(objective, timesteps, patch_noise, **head)
+    module.measure_bound = True
+    batch = batch_of([])
+    result = module(batch)
+    result["loss_sum"].backward()
+    assert module.count(batch) == 0
+    assert all(result[name] == 0 for name in ("loss_sum", "valid_tokens", "bound_nats", "bound_tokens"))
+    assert not gradients(module).any()
+
+
+@pytest.mark.parametrize(("objective", "head"), KINDS)
+def test_sums_per_sample(objective, head):
+    module, batch_of = module_and_batch(objective, **head)
+    batch = batch_of(range(6))
+    rows = module(batch, per_sample=True)
+    torch.testing.assert_close(rows["loss"].sum().float(), module(batch)["loss_sum"].detach(), rtol=1e-5, atol=0)
+    for i in range(6):
+        alone = module(batch_of([i]), per_sample=True)
+        for name, value in rows.items():
+            torch.testing.assert_close(alone[name][0], value[i], rtol=1e-4, atol=1e-6)
+    assert (rows["correct"] <= torch.tensor(LENGTHS)).all() and (rows["invalid"] <= torch.tensor(LENGTHS)).all()
+
+
+def test_reading_is_counted():
+    """With hardly any noise all tokens are read; digits of no token are counted as invalid."""
+    module, batch_of = module_and_batch(conditions=False, self_conditioning=0, posterior="digits")
+    with torch.no_grad():
+        for parameter in module.model.head.parameters():
+            parameter.zero_()
+    batch = batch_of(range(6))
+    batch["t"] = torch.full_like(batch["t"], 2.0)
+    rows = module(batch, per_sample=True)
+    assert rows["correct"].tolist() == LENGTHS and not rows["invalid"].any()
+    with torch.no_grad():  # every digit the highest: code 63 of 50 tokens
+        module.model.head.output.bias.view(-1, 4)[:, 3] = 1e6
+    rows = module(batch, per_sample=True)
+    assert rows["invalid"].tolist() == LENGTHS
+
+
+def test_progress_measures_the_samples_with_one_level():
+    module, batch_of = module_and_batch("ce", conditions=False, self_conditioning=0)
+    module.measure_bound = True
+    batch = batch_of(range(6))
+    result = module(batch)
+    assert not result["bound_nats"].requires_grad
+    whole = [i for i in range(6) if (batch["t"][i] == batch["t"][i, 0]).all()]
+    elbo = TrainingLoss(module.model, "elbo")(batch, per_sample=True)["loss"]
+    assert result["bound_tokens"] == sum(LENGTHS[i] for i in whole)
+    assert float(result["bound_nats"]) == pytest.approx(float(elbo[whole].sum().detach()), rel=1e-5)
+    assert result["slots"] == batch["mask"].numel()
+
+
+@pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
+def test_self_conditioning_shows_the_first_prediction(head):
+    """To the samples that are drawn, without a gradient through it; the others see nothing."""
+    module, batch_of = module_and_batch("mse", **head)
+    batch = batch_of(range(6))
+    batch["self_condition"] = torch.tensor([True, False] * 3)
+    model, shown = module.model, []
+    original = model.predict
+
+    def predict(*args, self_condition=None, **kwargs):
+        shown.append((self_condition, original(*args, self_condition=self_condition, **kwargs)))
+        return shown[-1][1]
+
+    model.predict = predict
+    module(batch)
+    (first_input, first), (second_input, _) = shown
+    assert first_input is None and not second_input.requires_grad
+    value = first.clean if first.logits is None else first.logits.softmax(-1)
+    assert torch.equal(second_input[::2], value[::2]) and not second_input[1::2].any()
+
+
+@pytest.mark.parametrize(("objective", "head"), KINDS)
+def test_autocast_is_close_and_quiet(objective, head):
+    module, batch_of = module_and_batch(objective, **head)
+    batch = batch_of(range(6))
+    plain = module(batch)["loss_sum"].item()
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        mixed = module(batch)["loss_sum"]
+    assert mixed.dtype == torch.float32
+    assert mixed.item() == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize(("objective", "head"), KINDS)
+def test_half_precision_weights_give_a_float32_loss(objective, head):
+    """As in an engine with bf16: it casts parameters and floating-point buffers; colours and noise stay exact."""
+    module, batch_of = module_and_batch(objective, self_conditioning=0, **head)
+    batch = batch_of(range(6))
+    plain = module(batch)["loss_sum"].item()
+    half = module.bfloat16()
+    result = half(batch)["loss_sum"]
+    assert result.dtype == torch.float32 and result.item() == pytest.approx(plain, rel=0.02)
+    clean = half.colours(batch["ids"])
+    torch.testing.assert_close(clean, CODEC.codebook[batch["ids"]].flatten(2), atol=1e-6, rtol=0)
+
+
+def test_colours_are_those_of_the_codec():
+    codec = TokenCodec(300, token_size=2, palette=np.random.default_rng(0).permutation(300))
+    module = TrainingLoss(tiny_model(codec))
+    ids = torch.arange(300).view(1, 75, 4)
+    torch.testing.assert_close(module.colours(ids), codec.codebook[ids].flatten(2), atol=1e-6, rtol=0)
+
+
+def test_wrong_objectives():
+    with pytest.raises(ValueError, match="unknown objective 'mae'; available: ce, elbo, mse"):
+        TrainingLoss(tiny_model(CODEC), "mae")
+    with pytest.raises(ValueError, match="ce needs head posterior"):
+        TrainingLoss(tiny_model(CODEC, head="linear"), "ce")

@@ -1,0 +1,455 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+
+from ds_tokimg.codec import TokenCodec
+from ds_tokimg.diffusion import add_noise_to_timestep
+from ds_tokimg.model import JiT, JiTConfig, config_of_name, model_names, rotate
+from tests.tiny import tiny_model
+
+CODEC = TokenCodec(50)  # radix 4
+HEADS = [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}]
+
+
+def images_of(lengths, codec=CODEC, layout="patch", seed=0):
+    """Clean images and masks of random texts, 16 x 16."""
+    rng = np.random.default_rng(seed)
+    pairs = [codec.encode(rng.integers(0, codec.vocab_size, n), 16, layout) for n in lengths]
+    return tuple(torch.stack(part) for part in zip(*pairs, strict=True))
+
+
+def noise_like(clean, seed=1):
+    return torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noisy_images(lengths, t, **options):
+    clean, mask = images_of(lengths, **options)
+    return add_noise_to_timestep(clean, t, noise_like(clean))[0], mask
+
+
+# ---- at the start ----
+
+
+@pytest.mark.parametrize("layout", ["patch", "raster"])
+@pytest.mark.parametrize("posterior", ["tokens", "digits"])
+def test_untrained_prediction_is_the_posterior_mean(posterior, layout):
+    """The network adds nothing at first, so that Bayes' rule without context is what remains."""
+    model = tiny_model(CODEC, trained=False, posterior=posterior, layout=layout)
+    t = torch.tensor([900, 400, 20])
+    noisy, mask = noisy_images([256, 100, 3], t, layout=layout)
+    result = model(noisy, t, mask=mask)
+    alpha, sigma = (1 - t.double() / 1000).view(3, 1, 1, 1, 1), (t.double() / 1000).view(3, 1, 1, 1, 1)
+    if posterior == "digits":
+        levels = CODEC.levels.double()
+        shares = Normal(alpha * levels, sigma).log_prob(noisy.double()[..., None]).softmax(-1)
+        expected = (shares * levels).sum(-1)
+    else:
+        book = CODEC.codebook.double().T.view(3, 1, 1, 50)
+        shares = Normal(alpha * book, sigma).log_prob(noisy.double()[..., None]).sum(1, keepdim=True).softmax(-1)
+        expected = (shares * book).sum(-1)
+    torch.testing.assert_close(result.double(), expected * mask[:, None], atol=2e-5, rtol=0)
+    assert result.shape == noisy.shape and result.dtype == torch.float32
+
+
+def test_untrained_blocks_are_the_identity():
+    model = tiny_model(CODEC, trained=False)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    noisy, mask = noisy_images([256], torch.tensor([300]))
+    model(noisy, torch.tensor([300]), mask=mask)
+    assert len(seen) == 2 and seen[0][0].abs().max() > 0
+    assert all(torch.equal(before, after) for before, after in seen)
+
+
+def test_every_weight_learns():
+    """No parameter is without gradient in a model under way, with conditions and self-conditioning."""
+    for head in HEADS:
+        model = tiny_model(CODEC, self_conditioning=True, **head)
+        noisy, mask = noisy_images([60, 20], torch.tensor([700, 300]))
+        patches, slots = model.patchify(noisy)[:, :4], model.slot_mask(mask, noisy)[:, :4]
+        earlier = model.predict(patches, torch.tensor([700, 300]), slots)
+        earlier = earlier.clean if earlier.logits is None else earlier.logits.softmax(-1)
+        condition = (patches[:, :2], slots[:, :2])
+        prediction = model.predict(patches, torch.tensor([700, 300]), slots, condition, self_condition=earlier.detach())
+        (prediction.clean**2).sum().backward()
+        silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not silent
+
+
+# ---- what is computed ----
+
+
+def counted(model):
+    """Numbers of positions that the first block sees, filled at each call."""
+    positions = []
+    model.blocks[0].register_forward_hook(lambda _, inputs, output: positions.append(inputs[0].shape[1]))
+    return positions
+
+
+@pytest.mark.parametrize("layout", ["patch", "raster"])
+def test_patches_without_a_valid_pixel_are_not_computed(layout):
+    model = tiny_model(CODEC, layout=layout)
+    positions = counted(model)
+    for lengths in ([1], [16], [17], [40, 5], [0], [256]):
+        noisy, mask = noisy_images(lengths, torch.full((len(lengths),), 500), layout=layout)
+        model(noisy, torch.full((len(lengths),), 500), mask=mask)
+        blocks = mask.unfold(1, 4, 4).unfold(2, 4, 4).amax((3, 4)).flatten(1)
+        assert positions.pop() == max(1, int(blocks.sum(1).max()))
+    model(noisy, torch.tensor([500]))
+    assert positions.pop() == 16  # without a mask everything is valid
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_invalid_patches_and_cells_do_not_matter(head):
+    model = tiny_model(CODEC, **head)
+    t = torch.tensor([600, 200])
+    noisy, mask = noisy_images([70, 33], t)
+    result = model(noisy, t, mask=mask)
+    other = torch.where(mask[:, None] > 0, noisy, 100 * noise_like(noisy, 2))
+    assert torch.equal(model(other, t, mask=mask), result)
+    assert not result[(mask == 0)[:, None].expand_as(result)].any()
+    # whereas a valid one matters to all the others of its text, and to no other text
+    other = noisy.clone()
+    other[0, :, 0, 0] += 1
+    change = model.patchify((model(other, t, mask=mask) - result).abs()).amax(-1)  # [B, patches]
+    assert change[0, :5].min() > 1e-4 and not change[1].any()
+
+
+@pytest.mark.parametrize("positions", ["reading", "grid"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_text_in_a_batch_is_what_it_is_alone(head, positions):
+    model = tiny_model(CODEC, positions=positions, **head)
+    lengths, t = [256, 100, 7, 0], torch.tensor([600, 200, 900, 5])
+    noisy, mask = noisy_images(lengths, t)
+    together = model(noisy, t, mask=mask)
+    for i in range(4):
+        alone = model(noisy[i : i + 1], t[i : i + 1], mask=mask[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(together).all() and not together[3].any()
+
+
+def test_a_mask_with_holes_is_the_same_as_dropping_the_patches():
+    """The patches that are left attend to each other at their own places, whichever others were never there."""
+    model = tiny_model(CODEC)
+    t = torch.tensor([400])
+    noisy, _ = noisy_images([256], t)
+    keep = torch.tensor([0, 3, 4, 9, 15])
+    mask = model.unpatchify(torch.zeros(1, 16, 48).index_fill(1, keep, 1.0))[:, 0]
+    result = model.patchify(model(noisy, t, mask=mask))[:, keep]
+    slots = torch.ones(1, 5, 16, dtype=torch.bool)
+    dropped = model.predict(model.patchify(noisy)[:, keep], t, slots, positions=keep[None])
+    torch.testing.assert_close(result, dropped.clean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_condition_padding_does_not_matter(head):
+    model = tiny_model(CODEC, **head)
+    t = torch.tensor([500, 100, 300])
+    noisy, mask = noisy_images([30, 60, 20], t)
+    condition, condition_mask = images_of([50, 5, 0], seed=3)
+    together = model(noisy, t, condition, mask, condition_mask)
+    for i in range(3):
+        rows = slice(i, i + 1)
+        alone = model(noisy[rows], t[rows], condition[rows], mask[rows], condition_mask[rows])
+        torch.testing.assert_close(together[rows], alone, atol=1e-5, rtol=1e-5)
+    # an empty condition is none, another one is another prediction
+    torch.testing.assert_close(together[2:], model(noisy[2:], t[2:], mask=mask[2:]), atol=1e-5, rtol=1e-5)
+    plain = model(noisy, t, mask=mask)
+    assert (together[:2] - plain[:2]).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_a_condition_costs_its_own_patches():
+    model = tiny_model(CODEC)
+    positions = counted(model)
+    noisy, mask = noisy_images([30], torch.tensor([500]))
+    condition, condition_mask = images_of([17], seed=3)
+    model(noisy, torch.tensor([500]), condition, mask, condition_mask)
+    model(noisy, torch.tensor([500]), None, mask)
+    assert positions == [2 + 2, 2]
+
+
+def test_a_condition_is_shown_without_noise():
+    """The prompt's noise level is 0 whatever the image's: the level of its positions does not change with t."""
+    model = tiny_model(CODEC)
+    seen = []
+    model.blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[1]))
+    noisy, mask = noisy_images([30], torch.tensor([500]))
+    condition, condition_mask = images_of([17], seed=3)
+    for t in (100, 900):
+        model(noisy, torch.tensor([t]), condition, mask, condition_mask)
+    assert torch.equal(seen[0][:, :2], seen[1][:, :2])
+    assert not torch.equal(seen[0][:, 2:], seen[1][:, 2:])
+
+
+# ---- noise levels and places ----
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_level_per_patch_that_is_constant_is_one_level(head):
+    model = tiny_model(CODEC, **head)
+    t = torch.tensor([600, 200])
+    noisy, mask = noisy_images([256, 33], t)
+    torch.testing.assert_close(
+        model(noisy, t[:, None].expand(2, 16), mask=mask), model(noisy, t, mask=mask), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_level_per_patch_belongs_to_its_patch():
+    model = tiny_model(CODEC, trained=False)
+    t = torch.linspace(30, 950, 16)[None]
+    clean, mask = images_of([256])
+    patches = model.patchify(clean)
+    noisy, _ = add_noise_to_timestep(patches, t, noise_like(patches))
+    result = model.patchify(model(model.unpatchify(noisy), t, mask=mask))
+    for i in range(16):
+        alone = model.predict(noisy[:, i : i + 1], t[:, i], torch.ones(1, 1, 16, dtype=torch.bool))
+        torch.testing.assert_close(result[:, i : i + 1], alone.clean, atol=1e-5, rtol=0)
+
+
+def test_rotation_makes_scores_relative():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 6, 16, generator=generator, dtype=torch.float64)
+    places, rates = torch.arange(6).double(), 10_000.0 ** (-torch.arange(8).double() / 8)
+
+    def scores(offset):
+        angles = (places + offset)[:, None] * rates
+        turned_q, turned_k = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
+        torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
+        return turned_q @ turned_k.transpose(-1, -2)
+
+    torch.testing.assert_close(scores(0.0), scores(37.0))
+    # The pair (0, 1) of the formula, by complex multiplication.
+    turned = torch.view_as_complex(torch.stack(q.chunk(2, -1), -1)) * torch.exp(1j * places[:, None] * rates)
+    mine = rotate(q, (places[:, None] * rates).cos(), (places[:, None] * rates).sin())
+    torch.testing.assert_close(torch.view_as_complex(torch.stack(mine.chunk(2, -1), -1)), turned)
+
+
+@pytest.mark.parametrize(("positions", "shift"), [("reading", 5), ("grid", 4)])
+def test_only_relative_places_matter(positions, shift):
+    """`grid`: 4 patches further is one row down. A shuffle, on the other hand, is another text."""
+    model = tiny_model(CODEC, positions=positions)
+    t = torch.tensor([500])
+    noisy, _ = noisy_images([96], t)
+    patches, slots = model.patchify(noisy)[:, :6], torch.ones(1, 6, 16, dtype=torch.bool)
+    places = torch.arange(6)[None]
+    here = model.predict(patches, t, slots, positions=places).clean
+    torch.testing.assert_close(model.predict(patches, t, slots).clean, here)
+    there = model.predict(patches, t, slots, positions=places + shift).clean
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    shuffled = model.predict(patches, t, slots, positions=places.flip(1)).clean
+    assert (shuffled - here).abs().max() > 1e-3
+
+
+def test_grid_places_are_rows_and_columns():
+    """In the grid, right of and below a patch are different; one step right is the same in every row."""
+    model = tiny_model(CODEC, positions="grid")
+    cos, sin = model._rotation(torch.arange(16)[None])
+    angles = torch.atan2(sin, cos)[0, 0].view(4, 4, -1)  # [row, column, half of the head's width]
+    rows, columns = angles.chunk(2, -1)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
+    for turned in (rows[1, 0, 0], columns[0, 1, 0]):  # the fastest pair turns by one radian a step
+        assert float(turned) == pytest.approx(1)
+
+
+# ---- parts against formulas ----
+
+
+def test_attention_is_the_formula():
+    torch.manual_seed(0)
+    attention = tiny_model(CODEC).blocks[0].attention.double()
+    x, rates = torch.randn(2, 5, 32).double(), torch.rand(1, 1, 5, 8).double()
+    keys = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    result = attention(x, (rates.cos(), rates.sin()), keys[:, None, None])
+
+    def normalised(v, weight):
+        return v / (v.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    q, k, v = (x @ attention.qkv.weight.T).view(2, 5, 3, 2, 16).unbind(2)
+    q, k = (rotate(normalised(a, n.weight).transpose(1, 2), rates.cos(), rates.sin())
+            for a, n in ((q, attention.q_norm), (k, attention.k_norm)))  # fmt: skip
+    scores = q @ k.transpose(-1, -2) / 16**0.5
+    scores = scores.masked_fill(~keys[:, None, None], -torch.inf).softmax(-1)
+    expected = (scores @ v.transpose(1, 2)).transpose(1, 2).reshape(2, 5, 32)
+    expected = expected @ attention.out.weight.T + attention.out.bias
+    torch.testing.assert_close(result, expected)
+
+
+def test_gradients_of_a_block():
+    block = tiny_model(CODEC).blocks[0].double()
+    generator = torch.Generator().manual_seed(0)
+    x, time, angles = (torch.randn(shape, generator=generator).double() for shape in ((1, 3, 32), (1, 3, 192), (3, 8)))
+    keys = torch.tensor([True, True, False])[None, None, None]
+    rotation = (angles.cos(), angles.sin())
+    inputs = (x.requires_grad_(), time.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: block(a, b, rotation, keys), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_gradient_of_the_whole_is_its_slope(head):
+    """Float32 throughout, hence the tolerance: the slope along the gradient against a central difference."""
+    model = tiny_model(CODEC, **head)
+    t = torch.tensor([600, 200])
+    noisy, mask = noisy_images([70, 33], t)
+    target = noise_like(noisy, 5)
+
+    def value():
+        return (model(noisy, t, mask=mask) * target).sum()
+
+    value().backward()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    slope = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt()
+    step = 1e-2 / float(slope)  # the value moves by about 1e-2 each way
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -2):
+            for p in parameters:
+                p += sign * step * p.grad / slope
+            ends.append(float(value()))
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(slope), rel=0.02)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(CODEC, activation_checkpointing=checkpointing)
+        noisy, mask = noisy_images([70], torch.tensor([300]))
+        model(noisy, torch.tensor([300]), mask=mask).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_self_conditioning_starts_from_nothing():
+    model = tiny_model(CODEC, self_conditioning=True)
+    t = torch.tensor([300])
+    noisy, mask = noisy_images([70], t)
+    patches, slots = model.patchify(noisy), model.slot_mask(mask, noisy)
+    first = model.predict(patches, t, slots)
+    zeros = torch.zeros_like(first.logits)
+    assert torch.equal(model.predict(patches, t, slots, self_condition=zeros).logits, first.logits)
+    second = model.predict(patches, t, slots, self_condition=first.logits.softmax(-1))
+    assert (second.logits - first.logits).abs().max() > 1e-3
+
+
+# ---- patches ----
+
+
+@pytest.mark.parametrize(("token_size", "patch_size"), [(1, 4), (2, 4), (4, 8), (1, 2)])
+def test_patches_hold_consecutive_tokens(token_size, patch_size):
+    codec = TokenCodec(50, token_size)
+    model = tiny_model(codec, patch_size=patch_size)
+    ids = np.random.default_rng(0).integers(0, 50, codec.capacity(16))
+    image, _ = codec.encode(ids, 16, "patch", patch_size)
+    patches = model.patchify(image[None])
+    expected = codec.codebook[torch.from_numpy(ids)].view(1, (16 // patch_size) ** 2, -1)
+    assert torch.equal(patches, expected)
+    assert torch.equal(model.unpatchify(patches), image[None])
+
+
+def test_a_patch_is_valid_if_any_of_its_pixels_is():
+    model = tiny_model(TokenCodec(50, token_size=2))
+    mask = torch.zeros(1, 16, 16)
+    mask[0, 3, 6] = 0.01  # in patch 1, its cell in the second row and column
+    expected = torch.zeros(1, 16, 4, dtype=torch.bool)
+    expected[0, 1, 3] = True
+    assert torch.equal(model.slot_mask(mask, torch.zeros(1, 3, 16, 16)), expected)
+
+
+@pytest.mark.parametrize("posterior", ["tokens", "digits"])
+def test_reading_takes_the_most_likely_token(posterior):
+    codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
+    model = tiny_model(codec, trained=False, posterior=posterior)
+    image, mask = codec.encode(range(50), 16)
+    slots = model.slot_mask(mask[None], image[None])
+    ids, invalid = model.read(model.predict(model.patchify(image[None]), torch.tensor([10]), slots))
+    assert ids[slots].tolist() == list(range(50)) and not invalid[slots].any()
+
+
+# ---- names and files ----
+
+
+def block_parameters(width, heads):
+    """Per block: attention, SwiGLU, two norms and the learned offset of the modulation."""
+    hidden = 64 * round(width * 8 / 3 / 64)
+    attention = 3 * width**2 + width**2 + width + 2 * (width // heads)
+    mlp = 2 * hidden * (width + 1) + width * (hidden + 1)
+    return attention + mlp + 2 * width + 6 * width
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "width", "heads", "millions"),
+    [
+        ("XS", 6, 192, 6, 4.1),
+        ("S", 12, 384, 6, 26),
+        ("B", 12, 768, 12, 98),
+        ("L", 24, 1024, 16, 323),
+        ("H", 32, 1280, 16, 664),
+    ],
+)
+def test_named_sizes(size, depth, width, heads, millions):
+    for patch in (2, 4, 8):
+        with torch.device("meta"):
+            model = JiT.from_name(f"JiT-{size}/{patch}", TokenCodec(1024), 64)
+        assert model.num_patches == (64 // patch) ** 2
+        blocks = sum(p.numel() for p in model.blocks.parameters())
+        assert blocks == depth * block_parameters(width, heads)
+        total = sum(p.numel() for p in model.parameters())
+        if patch == 4:
+            assert total / 1e6 == pytest.approx(millions, rel=0.05)
+    assert all(name in model_names() for name in ("JiT-XS/2", "JiT-B/4", "JiT-H/8"))
+
+
+def test_real_vocabulary_gets_digits_and_a_small_one_tokens():
+    with torch.device("meta"):
+        assert type(JiT.from_name("JiT-B/4", TokenCodec(151_669)).head).__name__ == "DigitHead"
+        assert type(JiT.from_name("JiT-B/4", TokenCodec(4096)).head).__name__ == "TokenHead"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pretrained_round_trip(tmp_path, head):
+    codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
+    model = tiny_model(codec, positions="grid", self_conditioning=True, **head)
+    model.save_pretrained(tmp_path / "export")
+    again = JiT.from_pretrained(tmp_path / "export")
+    assert again.config == model.config and not again.training
+    assert again.codec.to_dict() == codec.to_dict()
+    noisy, mask = noisy_images([70], torch.tensor([300]))
+    assert torch.equal(again(noisy, torch.tensor([300]), mask=mask), model(noisy, torch.tensor([300]), mask=mask))
+    with pytest.raises(FileNotFoundError):
+        JiT.from_pretrained(tmp_path)
+
+
+def test_an_export_needs_no_deepspeed(tmp_path):
+    tiny_model(CODEC).save_pretrained(tmp_path)
+    program = (
+        "import sys, ds_tokimg, torch; m = ds_tokimg.JiT.from_pretrained(sys.argv[1]); "
+        "m(torch.zeros(1, 3, 16, 16), torch.tensor([500])); "
+        "assert not {'deepspeed', 'datasets', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("name", ["JiT-B", "JiT-B/3", "JiT-M/4", "B/4", "jit-b/4", ""])
+def test_unknown_names_list_the_known(name):
+    with pytest.raises(ValueError, match=r"available: JiT-XS/2, .*JiT-H/8"):
+        config_of_name(name)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"head": "softmax"}, "unknown head 'softmax'; available: posterior, linear"),
+        ({"posterior": "words"}, "unknown posterior 'words'; available: auto, tokens, digits"),
+        ({"positions": "none"}, "unknown positions 'none'; available: reading, grid"),
+        ({"layout": "spiral"}, "unknown layout 'spiral'; available: patch, raster"),
+        ({"img_size": 30}, "img_size 30 is not a multiple"),
+    ],
+)
+def test_unknown_options(option, message):
+    shape = {"depth": 1, "width": 16, "heads": 1, "bottleneck": 4, "img_size": 16}
+    with pytest.raises(ValueError, match=message):
+        JiT(CODEC, JiTConfig(**shape | option))

@@ -1,0 +1,105 @@
+"""Tiny models and texts for tests, and a model whose posterior is exact."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ds_tokimg.batch import PatchLayout
+from ds_tokimg.codec import TokenCodec
+from ds_tokimg.diffusion import alpha_sigma
+from ds_tokimg.heads import TokenHead
+from ds_tokimg.model import JiT, JiTConfig, Prediction
+
+
+def tiny_model(codec: TokenCodec, *, trained: bool = True, **options) -> JiT:
+    """A JiT of two small blocks. `trained`: every weight is random, so that no path through it is silent."""
+    shape = {"depth": 2, "width": 32, "heads": 2, "bottleneck": 16, "patch_size": 4, "img_size": 16}
+    torch.manual_seed(0)
+    model = JiT(codec, JiTConfig(**shape | options))
+    if trained:
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def layout_of(model) -> PatchLayout:
+    config = model.config
+    return PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
+
+
+class Texts:
+    """Token ids, and prompts, in the shape of a data set."""
+
+    def __init__(self, texts, prompts=None):
+        self.texts, self.prompts = texts, prompts
+        self.num_bytes = 3 * sum(map(len, texts))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def ids(self, index: int) -> np.ndarray:
+        return np.asarray(self.texts[index], dtype=np.int64)
+
+    def prompt_ids(self, index: int) -> np.ndarray:
+        return np.asarray(self.prompts[index] if self.prompts else [], dtype=np.int64)
+
+
+def random_texts(vocab_size: int, lengths, prompt_lengths=None, seed: int = 0) -> Texts:
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, vocab_size, n) for n in lengths]
+    return Texts(texts, prompt_lengths and [rng.integers(0, vocab_size, n) for n in prompt_lengths])
+
+
+class ExactModel(nn.Module):
+    """Knows the distribution of texts and predicts by Bayes' rule over all of them: what training can at best reach.
+
+    Args:
+        codec: of a tiny vocabulary.
+        texts: {text, a tuple of ids, all of one length: probability}.
+        patch_size, img_size: of the images the texts are written into.
+    """
+
+    def __init__(self, codec: TokenCodec, texts: dict[tuple[int, ...], float], patch_size: int = 1, img_size: int = 4):
+        super().__init__()
+        self.codec = codec
+        self.config = JiTConfig(1, 4, 1, 4, patch_size=patch_size, img_size=img_size, posterior="tokens")
+        self.slots = (patch_size // codec.token_size) ** 2
+        self.head = TokenHead(codec, self.slots, 4)
+        self.texts = torch.tensor(list(texts))  # [texts, length]
+        self.log_prior = torch.tensor(list(texts.values()), dtype=torch.float64).log()  # [texts]
+        self.evaluations: list[Tensor] = []  # the timesteps of all calls
+
+    def predict(self, noisy, t, slot_mask, condition=None, positions=None, self_condition=None) -> Prediction:
+        self.evaluations.append(t)
+        return Prediction.of_logits(self.head, self.posterior(noisy, t).log().float())
+
+    def posterior(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """p(token at each place | noisy), float64 [B, N, K, V]; places behind the texts get even ones."""
+        batch, patches, _ = noisy.shape
+        length, vocab_size = self.texts.shape[1], self.codec.vocab_size
+        level = (t if t.dim() == 2 else t[:, None].expand(batch, patches)).repeat_interleave(self.slots, 1)
+        alpha, sigma = alpha_sigma(level.double()[:, :length, None])
+        sigma = sigma.clamp(min=1e-4)
+        z = noisy.double().unflatten(-1, (self.slots, -1)).flatten(1, 2)[:, :length]  # [B, length, D]
+        centres = alpha[..., None] * self.codec.codebook.double()  # [B, length, V, D]
+        per_token = torch.distributions.Normal(centres, sigma[..., None]).log_prob(z[:, :, None]).sum(-1)
+        joint = self.log_prior + sum(per_token[:, i][:, self.texts[:, i]] for i in range(length))  # [B, texts]
+        weights = joint.softmax(-1)
+        result = torch.full((batch, patches * self.slots, vocab_size), 1 / vocab_size, dtype=torch.float64)
+        for place in range(length):
+            result[:, place] = torch.zeros(batch, vocab_size).double().index_add_(1, self.texts[:, place], weights)
+        return result.clamp(min=1e-300).unflatten(1, (patches, self.slots))
+
+    read = JiT.read
+
+
+def correlated_texts(vocab_size: int, length: int, seed: int = 0) -> dict[tuple[int, ...], float]:
+    """Every text of this length with a probability of its own: far from independent tokens."""
+    rng = np.random.default_rng(seed)
+    texts = list(itertools.product(range(vocab_size), repeat=length))
+    share = rng.dirichlet(np.full(len(texts), 0.4)) + 1e-3
+    return dict(zip(texts, share / share.sum(), strict=True))
