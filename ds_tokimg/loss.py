@@ -111,7 +111,7 @@ class TrainingLoss(nn.Module):
 
     @torch.no_grad()
     def _progress(self, prediction: Prediction, target: Target, batch) -> dict[str, Tensor]:
-        """Sums for the log: tokens, slots and operations computed, and, when asked for, the bound in nats and its tokens (of the
+        """Sums for the log: tokens, slots and operations; when asked for, also the bound in nats and its tokens (of the
         samples with one noise level, over the noise levels that are trained)."""
         mask = batch["mask"]
         sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
