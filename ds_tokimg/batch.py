@@ -69,6 +69,23 @@ def fill_canvas(ids: np.ndarray, length: int, eos_id: int) -> np.ndarray:
     return np.pad(ids, (0, max(0, length - len(ids))), constant_values=eos_id)
 
 
+def blocks_of(patches: int, block_size: int) -> Tensor:
+    """Which block each patch belongs to: int64 [patches]."""
+    return torch.arange(patches) // block_size
+
+
+def stagger(patches: int, block_size: int) -> np.ndarray:
+    """What is added to a sample's offset in [0, 1) for each of its patches, [1, patches], so that the noise levels of
+    its blocks cover the range evenly; [1, 1] without blocks.
+
+    The factor is another than that of `low_discrepancy`: with 1/p and 1/p^2, p^3 = p + 1, samples and blocks together
+    cover it as well (Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018).
+    """
+    if not block_size:
+        return np.zeros((1, 1))
+    return np.arange(patches)[None] // block_size * 0.7548776662466927
+
+
 class BatchMaker:
     """Indices of a micro-batch -> the tensors that `TrainingLoss` takes.
 
@@ -89,6 +106,7 @@ class BatchMaker:
         patch_noise: float = 0.0,
         condition_drop: float | None = None,
         self_conditioning: float = 0.0,
+        block_size: int = 0,
         canvas: int = 0,
         eos_id: int = 0,
     ):
@@ -98,7 +116,7 @@ class BatchMaker:
             condition_drop,
             self_conditioning,
         )
-        self.canvas, self.eos_id = canvas, eos_id
+        self.block_size, self.canvas, self.eos_id = block_size, canvas, eos_id
 
     def __call__(self, dataset, indices, positions, epoch: int) -> dict[str, Tensor]:
         """`indices`: samples of the dataset; `positions`: their places in the epoch's order. Both may be empty."""
@@ -108,6 +126,8 @@ class BatchMaker:
         batch = {"ids": ids, "mask": mask}
         batch["t"] = self._timesteps(indices, positions, epoch, patches, ids.shape[1])
         batch["noise"] = self._noise(indices, epoch, patches, ids.shape[1])
+        if self.block_size:
+            batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
         if self.condition_drop is not None:
             prompts = [self._prompt(dataset, epoch, int(i)) for i in indices]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts or [np.zeros(0, np.int64)])
@@ -133,6 +153,9 @@ class BatchMaker:
     def _timesteps(self, indices, positions, epoch: int, patches, width: int) -> Tensor:
         """[B], or [B, N] where some samples have a noise level per patch."""
         u = low_discrepancy(self.seed, Stream.TIMESTEP, epoch, positions)
+        if self.block_size:
+            u = (u[:, None] if len(u) else np.zeros((1, 1))) + stagger(width, self.block_size)
+            return self.timesteps(torch.from_numpy(u % 1.0))
         if not self.patch_noise:
             return self.timesteps(torch.from_numpy(u if len(u) else np.zeros(1)))
         per_patch = np.repeat(u[:, None], width, 1) if len(u) else np.zeros((1, width))

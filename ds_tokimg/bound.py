@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_tokimg.batch import PatchLayout, fill_canvas
+from ds_tokimg.batch import PatchLayout, blocks_of, fill_canvas, stagger
 from ds_tokimg.diffusion import LOG_SNR_MIN, MARGIN, bound_range, information_rate, timestep_of_log_snr
 from ds_tokimg.rng import Stream, generator, low_discrepancy
 
@@ -117,6 +117,7 @@ def estimate_bound(
     seed: int = 0,
     conditional: bool = False,
     self_conditioning: bool = False,
+    block_size: int = 0,
     canvas: int = 0,
     eos_id: int = 0,
     patches_per_batch: int = 1024,
@@ -128,10 +129,12 @@ def estimate_bound(
     """Bounds -log p of every text of a data set.
 
     Args:
-        forward: `TrainingLoss.forward` with per_sample=True (or the engine around it).
+        forward: `TrainingLoss.forward` with per_patch=True (or the engine around it).
         dataset: has `len`, `.ids(i)`, `.num_bytes`, and `.prompt_ids(i)` when `conditional`.
         timesteps: the `TimestepSampler` of training; weights the reported objective as training does.
         num_levels: noise levels a text is evaluated at, stratified within the text and across texts.
+        block_size: 0 bounds the path on which all patches lose their noise together; else that on which blocks of so
+            many patches do so one after another, each seeing the clean ones before it.
         canvas: patches that a conditional answer is filled up to (the model does not know its length).
         patches_per_batch: size of the batches that are evaluated.
         rank, world_size, all_reduce: texts are dealt over the ranks; all_reduce sums a float64 tensor over them.
@@ -150,9 +153,8 @@ def estimate_bound(
     mine = [groups[i] if i < len(groups) else np.zeros(0, int) for i in range(rank, rounds * world_size, world_size)]
     for indices in mine:
         for level in range(num_levels):
-            u = (level + low_discrepancy(seed, Stream.VALIDATION, 0, indices)) / num_levels
-            log_snr, density = levels.quantile(u)
-            batch = batches.make(indices, torch.from_numpy(log_snr), level)
+            log_snr, density = levels.quantile((level + batches.offsets(indices, block_size)) / num_levels)
+            batch = batches.make(indices, torch.from_numpy(log_snr), level, block_size)
             with torch.no_grad():
                 result = forward({name: value.to(device) for name, value in batch.items()})
             if len(indices):
@@ -163,16 +165,17 @@ def estimate_bound(
 
 def _add(sums, by_level, indices, batch, result, log_snr, weight, timesteps) -> None:
     """Adds one batch's integrand to the sums of its samples. `weight`: sampling density times levels a sample."""
-    result = {name: value.double().cpu() for name, value in result.items()}
+    result = {name: value.double().cpu() for name, value in result.items()}  # [B, N]
+    t = batch["t"].double().view(len(indices), -1)  # [B, N or 1], as are log_snr and weight
     snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
-    training_density = timesteps.density(batch["t"]).double()
     rows = torch.from_numpy(indices)
-    sums[rows, 0] += 0.5 * snr * result["squared_error"] / weight
+    sums[rows, 0] += (0.5 * snr / weight * result["squared_error"]).sum(1)
     # The objective is an average over the training's noise levels: importance weights turn ours into those.
-    sums[rows, 1] += result["loss"] * training_density / weight
-    bins = torch.bucketize(batch["t"].double(), torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True)
-    tokens = batch["mask"].sum((1, 2)).double()
-    by_level.index_add_(0, bins, torch.stack([result["correct"], result["invalid"], tokens], 1))
+    sums[rows, 1] += (timesteps.density(t).double() / weight * result["loss"]).sum(1)
+    bins = torch.bucketize(t, torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True).expand_as(result["loss"])
+    tokens = batch["mask"].sum(-1).double()
+    counts = torch.stack([result["correct"], result["invalid"], tokens], -1)
+    by_level.index_add_(0, bins.flatten(), counts.flatten(0, 1))
 
 
 def _summary(sums, by_level, batches, layout, dataset, num_levels) -> Bound:
@@ -231,14 +234,22 @@ class _ValidationBatches:
             start += size
         return groups
 
-    def make(self, indices: np.ndarray, log_snr: Tensor, level: int) -> dict[str, Tensor]:
+    def offsets(self, indices: np.ndarray, block_size: int) -> np.ndarray:
+        """Where within its stratum each sample, or each of its patches, has its noise level: [B, N or 1] in [0, 1)."""
+        start = low_discrepancy(self.seed, Stream.VALIDATION, 0, indices)[:, None]
+        return (start + stagger(int(self.patches[indices].max(initial=1)), block_size)) % 1.0
+
+    def make(self, indices: np.ndarray, log_snr: Tensor, level: int, block_size: int) -> dict[str, Tensor]:
         ids, mask = self.layout.pack([self.ids(int(i)) for i in indices] or [np.zeros(0, np.int64)])
         noise = np.zeros((len(ids), ids.shape[1], self.layout.values), dtype=np.float32)
         for row, index in enumerate(indices):
             draw = generator(self.seed, Stream.VALIDATION, 1 + level, int(index))
             draw.standard_normal(dtype=np.float32, out=noise[row, : self.patches[index]])
-        t = timestep_of_log_snr(log_snr).float() if len(indices) else torch.zeros(1)
-        batch = {"ids": ids, "mask": mask, "t": t, "noise": torch.from_numpy(noise)}
+        t = timestep_of_log_snr(log_snr).float() if len(indices) else torch.zeros(1, 1)
+        batch = {"ids": ids, "mask": mask, "t": t.expand(-1, ids.shape[1]) if block_size else t[:, 0]}
+        batch["noise"] = torch.from_numpy(noise)
+        if block_size:
+            batch["blocks"] = blocks_of(ids.shape[1], block_size)
         if self.conditional:
             prompts = [self.dataset.prompt_ids(int(i)) for i in indices] or [np.zeros(0, np.int64)]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts)
@@ -282,7 +293,7 @@ def bits_per_token(model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVE
     was_training = model.training
     model.eval()
     bound = estimate_bound(
-        lambda batch: module(batch, per_sample=True),
+        lambda batch: module(batch, per_patch=True),
         _Texts(texts, prompts),
         layout,
         timesteps=module.timesteps,

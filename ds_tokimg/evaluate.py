@@ -87,7 +87,7 @@ def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split
 def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **options) -> Bound:
     """The bound of a model on a data set in its text format; `options` are those of `estimate_bound`."""
     return estimate_bound(
-        options.pop("forward", partial(module, per_sample=True)),
+        options.pop("forward", partial(module, per_patch=True)),
         dataset,
         layout,
         timesteps=module.timesteps,

@@ -77,12 +77,13 @@ class TrainingLoss(nn.Module):
         self.timesteps = TimestepSampler(timesteps, model.codec.radix)
         self.register_buffer("digit_table", model.codec.digit_table, persistent=False)  # [V, D] uint8
 
-    def forward(self, batch: dict[str, Tensor], per_sample: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], per_patch: bool = False) -> dict[str, Tensor]:
         """One micro-batch -> {"loss_sum": scalar, float32, with gradient} and sums for the log.
 
         batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
         conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool.
-        With `per_sample` the result has sums over each sample's valid tokens instead, each [B]: "loss" (the
+        With `blocks` [N] int64 the text is predicted from left to right (`JiT.predict`).
+        With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
         objective), "squared_error" (digits summed), "correct" and "invalid" (tokens).
         """
         clean = self.colours(batch["ids"])
@@ -90,15 +91,16 @@ class TrainingLoss(nn.Module):
         condition = None
         if "condition_ids" in batch:
             condition = (self.colours(batch["condition_ids"]), batch["condition_mask"])
-        earlier = self._first_pass(batch, noisy, condition)
-        prediction = self.model.predict(noisy, batch["t"], batch["mask"], condition, self_condition=earlier)
+        seen = {"condition": condition, "context": (clean, batch["blocks"]) if "blocks" in batch else None}
+        earlier = self._first_pass(batch, noisy, seen)
+        prediction = self.model.predict(noisy, batch["t"], batch["mask"], self_condition=earlier, **seen)
         level = batch["t"] if batch["t"].dim() == 2 else batch["t"][:, None]
         target = Target(clean, batch["ids"], level, self.timesteps.elbo_weight(level), self.digit_table)
-        if self.objective == "ce" and not per_sample:
+        if self.objective == "ce" and not per_patch:
             loss_sum = prediction.loss_sum(batch["ids"], batch["mask"])
             return {"loss_sum": loss_sum} | self._progress(prediction, target, batch)
         losses = token_losses(self.objective, prediction, target) * batch["mask"]  # [B, N, K]
-        if not per_sample:
+        if not per_patch:
             return {"loss_sum": losses.sum()} | self._progress(prediction, target, batch)
         ids, invalid = self.model.read(prediction)
         tokens = {
@@ -107,7 +109,7 @@ class TrainingLoss(nn.Module):
             "correct": (ids == batch["ids"]) & batch["mask"],
             "invalid": invalid & batch["mask"],
         }
-        return {name: value.double().sum((1, 2)) for name, value in tokens.items()}
+        return {name: value.double().sum(-1) for name, value in tokens.items()}
 
     @torch.no_grad()
     def _progress(self, prediction: Prediction, target: Target, batch) -> dict[str, Tensor]:
@@ -122,13 +124,13 @@ class TrainingLoss(nn.Module):
             sums["bound_tokens"] = whole.sum()
         return sums
 
-    def _first_pass(self, batch, noisy, condition) -> Tensor | None:
+    def _first_pass(self, batch, noisy, seen: dict) -> Tensor | None:
         """Self-conditioning (Chen et al., "Analog bits", 2022): what the model itself predicts at first, for the
         samples whose draw says so; zeros, the input of a first pass, for the others."""
         if "self_condition" not in batch:
             return None
         with torch.no_grad():
-            prediction = self.model.predict(noisy, batch["t"], batch["mask"], condition)
+            prediction = self.model.predict(noisy, batch["t"], batch["mask"], **seen)
             value = probabilities(prediction)
         chosen = batch["self_condition"].view(-1, *[1] * (value.dim() - 1))
         return value * chosen

@@ -13,6 +13,7 @@ import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,15 @@ class JiTConfig:
 
 def model_names() -> list[str]:
     return [f"JiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
+
+
+class Segment(NamedTuple):
+    """Patches that enter the transformer together: the condition, the clean context, or the noisy patches."""
+
+    x: Tensor  # [B, n, C]
+    time: Tensor  # [B, n or 1, 6C], modulation of their noise level
+    valid: Tensor  # [B, n] bool
+    positions: Tensor  # [B, n]
 
 
 class Prediction:
@@ -229,6 +239,7 @@ class JiT(nn.Module):
         condition: tuple[Tensor, Tensor] | None = None,
         positions: Tensor | None = None,
         self_condition: Tensor | None = None,
+        context: tuple[Tensor, Tensor] | None = None,
     ) -> Prediction:
         """Predicts clean patches.
 
@@ -239,22 +250,24 @@ class JiT(nn.Module):
             condition: (clean patches [B, M, P], slot_mask [B, M, K]) or None.
             positions: [B, N] place of each patch in the image; None: 0, 1, 2, …
             self_condition: an earlier prediction's probabilities (or clean patches, linear head), or None.
+            context: (clean patches [B, N, P], blocks [N] int64, which block a patch belongs to) for prediction from
+                left to right: a noisy patch sees the noisy patches of its own block and the clean ones of the blocks
+                before it. All blocks are predicted at once, at twice the positions. None: every patch sees all noisy
+                ones.
         """
         batch, count, _ = noisy.shape
         level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
         inputs, evidence = self._inputs(noisy, level, slot_mask, self_condition)
-        x = self._embed(inputs, segment=0)
-        time = self.time_embed(level)  # [B, N or 1, 6C]
         valid = slot_mask.any(-1)
         if positions is None:
             positions = torch.arange(count, device=noisy.device).expand(batch, count)
+        segments = [Segment(self._embed(inputs, segment=0), self.time_embed(level), valid, positions)]
+        if context is not None:
+            segments.insert(0, self._clean_segment(context[0], slot_mask, positions))
         if condition is not None:
-            prefix, prefix_time, prefix_valid, prefix_positions = self._prefix(*condition)
-            x, valid = torch.cat([prefix, x], 1), torch.cat([prefix_valid, valid], 1)
-            positions = torch.cat([prefix_positions, positions], 1)
-            time = torch.cat([prefix_time.expand(batch, prefix.shape[1], -1), time.expand(batch, count, -1)], 1)
-        x = self._transform(x, time, valid, positions)[:, -count:]
-        hidden = self.final(x, time[:, -count:] if time.shape[1] > 1 else time)
+            segments.insert(0, self._prompt_segment(*condition))
+        x = self._transform(segments, None if context is None else context[1])[:, -count:]
+        hidden = self.final(x, segments[-1].time)
         return Prediction(self.head, self.head(hidden), evidence)
 
     def read(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
@@ -288,20 +301,32 @@ class JiT(nn.Module):
         # Through the module's forward, not its weight: ZeRO-3 gathers parameters when a module is called.
         return self.patch_embed(inputs) + self.segment_embed(torch.tensor(segment, device=inputs.device))
 
-    def _prefix(self, patches: Tensor, slot_mask: Tensor):
-        """Embeds the condition; its last patch gets position -1, so that it stands next to the image's first."""
-        batch, count, _ = patches.shape
-        level = patches.new_zeros(batch, 1)
-        inputs, _ = self._inputs(patches, level, slot_mask, None)
-        x = self._embed(inputs, segment=1)
-        valid = slot_mask.any(-1)
-        positions = torch.arange(count, device=patches.device) - valid.sum(1, keepdim=True)
-        return x, self.time_embed(level), valid, positions
+    def _prompt_segment(self, patches: Tensor, slot_mask: Tensor) -> Segment:
+        """The condition; its last patch gets position -1, so that it stands next to the image's first."""
+        count = patches.shape[1]
+        positions = torch.arange(count, device=patches.device) - slot_mask.any(-1).sum(1, keepdim=True)
+        return self._clean_segment(patches, slot_mask, positions)
 
-    def _transform(self, x: Tensor, time: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
+    def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor) -> Segment:
+        """Patches that are shown without noise and not predicted."""
+        level = patches.new_zeros(len(patches), 1)
+        inputs, _ = self._inputs(patches, level, slot_mask, None)
+        return Segment(self._embed(inputs, segment=1), self.time_embed(level), slot_mask.any(-1), positions)
+
+    def _transform(self, segments: list[Segment], blocks: Tensor | None) -> Tensor:
+        """All segments through the blocks of the transformer: [B, L, C], L positions in all."""
+        x = torch.cat([segment.x for segment in segments], 1)
+        valid = torch.cat([segment.valid for segment in segments], 1)
+        positions = torch.cat([segment.positions for segment in segments], 1)
+        time = segments[0].time
+        if len(segments) > 1:
+            time = torch.cat([s.time.expand(-1, s.x.shape[1], -1) for s in segments], 1)
         rotation = self._rotation(positions)
-        # A row without any valid patch attends to everything: its output is ignored but must stay finite.
-        keys = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]  # [B, 1, 1, N]
+        keys = valid[:, None, :]  # [B, 1 or L, L]
+        if blocks is not None:
+            keys = keys & _seen_from_left_to_right(blocks, x.shape[1])
+        # A row that sees nothing valid attends to everything: its output is ignored but must stay finite.
+        keys = (keys | ~keys.any(-1, keepdim=True))[:, None]
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, time, rotation, keys, use_reentrant=False)
@@ -443,6 +468,20 @@ def config_of_name(name: str, **options) -> JiTConfig:
 
 def _frequencies(count: int, device) -> Tensor:
     return 10_000.0 ** (-torch.arange(count, device=device) / count)
+
+
+def _seen_from_left_to_right(blocks: Tensor, length: int) -> Tensor:
+    """Who sees whom among `length` positions, bool [L, L]: a condition, then N clean and N noisy patches.
+
+    Everyone sees the condition. A clean patch sees the clean ones of its own and earlier blocks, a noisy one the clean
+    ones of earlier blocks and the noisy ones of its own (Arriola et al., "Block diffusion", 2025, section 3.2).
+    """
+    count, device = len(blocks), blocks.device
+    prompt = torch.full((length - 2 * count,), -1, device=device)
+    block = torch.cat([prompt, blocks, blocks])
+    noisy = torch.arange(length, device=device) >= length - count
+    reader, seen = block[:, None], block[None, :]
+    return torch.where(noisy[None, :], noisy[:, None] & (seen == reader), seen + noisy[:, None].long() <= reader)
 
 
 def _mask_slots(probabilities: Tensor, slot_mask: Tensor) -> Tensor:

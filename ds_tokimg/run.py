@@ -124,7 +124,7 @@ class Run:
                 parts.text_format,
                 parts.layout,
                 parts.eval_set,
-                forward=partial(engine, per_sample=True),
+                forward=partial(engine, per_patch=True),
                 rank=self.dist.rank,
                 world_size=self.dist.world_size,
                 all_reduce=self.dist.sum_tensor,

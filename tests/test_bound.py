@@ -16,7 +16,7 @@ from tests.tiny import ExactModel, Texts, correlated_texts, layout_of, random_te
 def bound_of(model, texts, objective="mse", **options):
     module = TrainingLoss(model, objective)
     arguments = {"timesteps": module.timesteps, "num_levels": 8} | options
-    return estimate_bound(lambda batch: module(batch, per_sample=True), texts, layout_of(model), **arguments)
+    return estimate_bound(lambda batch: module(batch, per_patch=True), texts, layout_of(model), **arguments)
 
 
 def draw_texts(distribution: dict, count: int, seed: int = 0) -> Texts:
@@ -64,9 +64,15 @@ def test_exact_posterior_of_correlated_tokens_gives_the_code_length(vocab_size, 
     check_code_length(source, TokenCodec(vocab_size, radix=radix), patch_size)
 
 
-def check_code_length(source, codec, patch_size=1):
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_exact_posterior_gives_the_code_length_from_left_to_right_too(block_size):
+    """The chain rule: blocks given those before them cost together what the text costs."""
+    check_code_length(correlated_texts(3, 4), TokenCodec(3), block_size=block_size)
+
+
+def check_code_length(source, codec, patch_size=1, block_size=0):
     texts = draw_texts(source, 600)
-    bound = bound_of(ExactModel(codec, source, patch_size), texts, num_levels=16)
+    bound = bound_of(ExactModel(codec, source, patch_size), texts, num_levels=16, block_size=block_size)
     exact = np.array([-math.log(source[tuple(text)]) for text in texts.texts])
     error = bound.nats - exact
     assert abs(error.mean()) < 4 * error.std() / math.sqrt(600) + 1e-4
@@ -160,6 +166,12 @@ def test_more_levels_agree_and_err_less():
     assert abs(few.bits_per_token - many.bits_per_token) < 4 * (few.standard_error + many.standard_error)
 
 
+def test_the_path_from_left_to_right_of_one_block_is_the_plain_one():
+    model, texts = tiny_model(TokenCodec(64)), random_texts(64, [64, 33, 7])
+    plain, blocks = (bound_of(model, texts, num_levels=64, block_size=size) for size in (0, 16))
+    assert blocks.bits_per_token == pytest.approx(plain.bits_per_token, rel=1e-5)
+
+
 def test_the_estimate_is_reproducible_and_does_not_depend_on_batches():
     model = tiny_model(TokenCodec(50), posterior="digits")
     texts = random_texts(50, [256, 100, 33, 32, 7, 1, 60, 61], [3, 0, 20, 60, 1, 2, 9, 5])
@@ -188,7 +200,7 @@ def test_ranks_share_the_work(world_size):
     def work(rank):
         def forward(batch):
             calls[rank] += 1
-            return module(batch, per_sample=True)
+            return module(batch, per_patch=True)
 
         def all_reduce(value):
             parts[rank] = value
@@ -226,7 +238,7 @@ def test_the_reported_loss_is_that_of_training(objective, timesteps):
     model, texts = tiny_model(codec, trained=False), random_texts(64, [64] * 60)
     module = TrainingLoss(model, objective, timesteps)
     reported = estimate_bound(
-        lambda batch: module(batch, per_sample=True), texts, layout_of(model), timesteps=module.timesteps, num_levels=32
+        lambda batch: module(batch, per_patch=True), texts, layout_of(model), timesteps=module.timesteps, num_levels=32
     ).loss
     if objective == "elbo":
         # In expectation what the bound's integral is over the levels that are trained, all of it for `uniform`.
@@ -236,8 +248,8 @@ def test_the_reported_loss_is_that_of_training(objective, timesteps):
         noise = torch.randn(60, 4, 48, generator=torch.Generator().manual_seed(0))
         values = []
         for k, t in enumerate(module.timesteps((torch.arange(60 * 20) + 0.5).double() / 1200).view(60, 20).T):
-            rows = module({"ids": ids, "mask": mask, "noise": noise.roll(k, 0), "t": t}, per_sample=True)["loss"]
-            values.append(float((rows * bound_range(4).holds(log_snr(t))).sum().detach() / mask.sum()))
+            rows = module({"ids": ids, "mask": mask, "noise": noise.roll(k, 0), "t": t}, per_patch=True)["loss"]
+            values.append(float((rows.sum(1) * bound_range(4).holds(log_snr(t))).sum().detach() / mask.sum()))
         expected = np.mean(values)
     assert reported == pytest.approx(expected, rel=0.03)
 
@@ -269,7 +281,7 @@ def test_an_answer_is_scored_with_the_end_tokens_after_it():
 
     def forward(batch):
         seen.append(batch)
-        return module(batch, per_sample=True)
+        return module(batch, per_patch=True)
 
     bound = estimate_bound(
         forward, texts, layout_of(model), timesteps=module.timesteps, conditional=True, canvas=2, eos_id=9,

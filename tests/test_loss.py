@@ -174,16 +174,19 @@ def test_an_empty_micro_batch_contributes_exactly_nothing(objective, head, patch
 
 
 @pytest.mark.parametrize(("objective", "head"), KINDS)
-def test_sums_per_sample(objective, head):
+def test_sums_per_patch(objective, head):
     module, batch_of = module_and_batch(objective, **head)
     batch = batch_of(range(6))
-    rows = module(batch, per_sample=True)
+    rows = module(batch, per_patch=True)
     torch.testing.assert_close(rows["loss"].sum().float(), module(batch)["loss_sum"].detach(), rtol=1e-5, atol=0)
     for i in range(6):
-        alone = module(batch_of([i]), per_sample=True)
+        alone = module(batch_of([i]), per_patch=True)
         for name, value in rows.items():
-            torch.testing.assert_close(alone[name][0], value[i], rtol=1e-4, atol=1e-6)
-    assert (rows["correct"] <= torch.tensor(LENGTHS)).all() and (rows["invalid"] <= torch.tensor(LENGTHS)).all()
+            own = alone[name].shape[1]
+            torch.testing.assert_close(alone[name][0], value[i, :own], rtol=1e-4, atol=1e-6)
+            assert not value[i, own:].any()
+    tokens = batch["mask"].sum(-1)
+    assert (rows["correct"] <= tokens).all() and (rows["invalid"] <= tokens).all()
 
 
 def test_reading_is_counted():
@@ -194,12 +197,12 @@ def test_reading_is_counted():
             parameter.zero_()
     batch = batch_of(range(6))
     batch["t"] = torch.full_like(batch["t"], 2.0)
-    rows = module(batch, per_sample=True)
-    assert rows["correct"].tolist() == LENGTHS and not rows["invalid"].any()
+    rows = module(batch, per_patch=True)
+    assert rows["correct"].sum(1).tolist() == LENGTHS and not rows["invalid"].any()
     with torch.no_grad():  # every digit the highest: code 63 of 50 tokens
         module.model.head.output.bias.view(-1, 4)[:, 3] = 1e6
-    rows = module(batch, per_sample=True)
-    assert rows["invalid"].tolist() == LENGTHS
+    rows = module(batch, per_patch=True)
+    assert rows["invalid"].sum(1).tolist() == LENGTHS
 
 
 def test_progress_measures_the_samples_with_one_level():
@@ -209,7 +212,7 @@ def test_progress_measures_the_samples_with_one_level():
     result = module(batch)
     assert not result["bound_nats"].requires_grad
     whole = [i for i in range(6) if (batch["t"][i] == batch["t"][i, 0]).all()]
-    elbo = TrainingLoss(module.model, "elbo")(batch, per_sample=True)["loss"]
+    elbo = TrainingLoss(module.model, "elbo")(batch, per_patch=True)["loss"]
     assert result["bound_tokens"] == sum(LENGTHS[i] for i in whole)
     assert float(result["bound_nats"]) == pytest.approx(float(elbo[whole].sum().detach()), rel=1e-5)
     assert result["slots"] == batch["mask"].numel()

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import Normal
 
 from ds_tokimg.codec import TokenCodec
@@ -184,6 +185,54 @@ def test_a_condition_is_shown_without_noise():
         model(noisy, torch.tensor([t]), condition, mask, condition_mask)
     assert torch.equal(seen[0][:, :2], seen[1][:, :2])
     assert not torch.equal(seen[0][:, 2:], seen[1][:, 2:])
+
+
+# ---- from left to right ----
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_a_block_sees_itself_and_what_is_clean_before_it(block_size, head):
+    """The same as predicting each block alone, with the clean patches before it as a condition of their own places."""
+    model = tiny_model(CODEC, **head)
+    clean, mask = images_of([250, 90])
+    clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
+    t = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) * 900 + 20
+    noisy, _ = add_noise_to_timestep(clean, t, noise_like(clean))
+    blocks = torch.arange(16) // block_size
+    together = model.predict(noisy, t, slot_mask, context=(clean, blocks)).clean
+    for block in range(int(blocks[-1]) + 1):
+        now, until = blocks == block, blocks <= block
+        # Noise in the other blocks, clean patches in later ones and in this one: none of them may matter.
+        others = torch.where(now[:, None], noisy, torch.randn_like(noisy))
+        known = torch.where((blocks < block)[:, None], clean, torch.randn_like(clean))
+        alone = model.predict(
+            others[:, until],
+            torch.where(now, t, 5.0)[:, until],
+            slot_mask[:, until],
+            context=(known[:, until], blocks[until]),
+        )
+        torch.testing.assert_close(alone.clean[:, now[until]], together[:, now], atol=1e-4, rtol=1e-4)
+
+
+def test_earlier_blocks_matter_and_a_condition_is_seen_by_all():
+    model = tiny_model(CODEC)
+    clean, mask = images_of([256])
+    clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
+    noisy, _ = add_noise_to_timestep(clean, torch.tensor([600.0]), noise_like(clean))
+    prompt = (clean[:, :2], slot_mask[:, :2])
+
+    def predict(first: float = 0.0, asked: float = 0.0) -> Tensor:
+        shown = clean.clone()
+        shown[:, 0] += first
+        condition = (prompt[0] + asked, prompt[1])
+        t = torch.full((1, 16), 600.0)
+        return model.predict(noisy, t, slot_mask, condition, context=(shown, torch.arange(16))).clean
+
+    plain = predict()
+    changed = (predict(first=0.5) - plain).abs().amax((0, 2))
+    assert changed[0] == 0 and (changed[1:] > 0).all()
+    assert ((predict(asked=0.5) - plain).abs().amax((0, 2)) > 0).all()
 
 
 # ---- noise levels and places ----

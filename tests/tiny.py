@@ -73,9 +73,21 @@ class ExactModel(nn.Module):
         self.log_prior = torch.tensor(list(texts.values()), dtype=torch.float64).log()  # [texts]
         self.evaluations: list[Tensor] = []  # the timesteps of all calls
 
-    def predict(self, noisy, t, slot_mask, condition=None, positions=None, self_condition=None) -> Prediction:
+    def predict(
+        self, noisy, t, slot_mask, condition=None, positions=None, self_condition=None, context=None
+    ) -> Prediction:
         self.evaluations.append(t)
-        return Prediction.of_logits(self.head, self.posterior(noisy, t).log().float())
+        probabilities = self.posterior(noisy, t) if context is None else self._from_left_to_right(noisy, t, *context)
+        return Prediction.of_logits(self.head, probabilities.log().float())
+
+    def _from_left_to_right(self, noisy: Tensor, t: Tensor, clean: Tensor, blocks: Tensor) -> Tensor:
+        """Block by block: what comes before it is shown without noise, what comes after it as nothing but noise."""
+        result = torch.ones(())
+        for block in blocks.unique():
+            shown = torch.where((blocks < block)[:, None], clean, torch.where((blocks > block)[:, None], 0.0, noisy))
+            level = torch.where(blocks < block, 0.0, torch.where(blocks > block, 1000.0, t))
+            result = torch.where((blocks == block)[:, None, None], self.posterior(shown, level), result)
+        return result
 
     def posterior(self, noisy: Tensor, t: Tensor) -> Tensor:
         """p(token at each place | noisy), float64 [B, N, K, V]; places behind the texts get even ones."""

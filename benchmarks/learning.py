@@ -1,0 +1,217 @@
+"""Bits per byte of held-out text for the compute spent: the trainer's recipe, its ablations, and honest references.
+
+    python benchmarks/learning.py --system ours --corpus data/web_narrative.txt --positions 1e6 [--set name=value ...]
+    python benchmarks/learning.py --report > benchmarks/learning.md
+
+Every run adds a line to benchmarks/learning.jsonl. All systems share blocks, width, depth, optimiser, schedule, batch,
+tokenizer and texts. Compute is transformer positions (forward and backward) times parameters of the blocks; a forward
+alone, as in self-conditioning, counts for a third.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.references import Autoregressive, MaskedDiffusion, bits  # noqa: E402
+from ds_tokimg.allocator import keep_freed_memory  # noqa: E402
+from ds_tokimg.config import TrainConfig  # noqa: E402
+from ds_tokimg.evaluate import bound_of  # noqa: E402
+from ds_tokimg.forecast import _OnlyRank  # noqa: E402
+from ds_tokimg.loader import TrainBatchSampler  # noqa: E402
+from ds_tokimg.model import SIZES  # noqa: E402
+from ds_tokimg.optimizer import build_optimizer  # noqa: E402
+from ds_tokimg.setup import assemble  # noqa: E402
+
+# The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
+RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}
+REFERENCE = {
+    "head": "linear",
+    "objective": "mse",
+    "timesteps": "uniform",
+    "radix": 256,
+    "layout": "raster",
+    "patch_noise": 0.0,
+    "palette": "id",
+}
+SYSTEMS = {
+    "ours": {},
+    "reference": REFERENCE,
+    "repaired": REFERENCE | {"radix": None, "timesteps": "band", "layout": "patch"},
+    "autoregressive": {},
+    "masked": {},
+}
+EMA_DECAY = 0.9999
+RESULTS = ROOT / "benchmarks" / "learning.jsonl"
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 5 % of the steps, then half a cosine down to 5 % of the peak, as in ds_config.json."""
+    warmup = max(1, round(0.05 * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+class Ours:
+    """The trainer's model and loss, in a plain loop."""
+
+    def __init__(self, parts, config: TrainConfig, extra: dict):
+        self.parts, self.config, self.module = parts, config, parts.module
+        self.block_sizes = extra.get("blocks", [0])
+        self.maker = parts.batch_maker
+
+    def loss(self, indices, step: int, epoch: int, positions) -> tuple[torch.Tensor, float]:
+        self.maker.block_size = self.block_sizes[step % len(self.block_sizes)]
+        batch = self.maker(self.parts.train_set, indices, positions, epoch)
+        result = self.module(batch)
+        computed = batch["ids"].shape[0] * batch["ids"].shape[1] * (2 if "blocks" in batch else 1)
+        if "self_condition" in batch:
+            computed *= 4 / 3
+        return result["loss_sum"] / self.module.count(batch), computed
+
+    def bits(self, block_size: int, levels: int) -> dict:
+        bound = bound_of(
+            self.module,
+            self.parts.text_format,
+            self.parts.layout,
+            self.parts.eval_set,
+            num_levels=levels,
+            block_size=block_size,
+        )
+        return {"bits_per_token": bound.bits_per_token, "bits_per_byte": bound.bits_per_byte}
+
+
+class Reference:
+    """An autoregressive or masked model on the same texts."""
+
+    def __init__(self, parts, config: TrainConfig, kind: type):
+        self.parts, self.maker = parts, parts.batch_maker
+        depth, width, heads, _ = SIZES[config.model.removeprefix("JiT-").split("/")[0]]
+        vocab_size, eos = parts.layout.codec.vocab_size, parts.tokenizer.eos_token_id
+        self.module = kind(vocab_size, eos, (depth, width, heads))
+
+    def batch(self, dataset, indices):
+        texts = [torch.from_numpy(dataset.ids(int(i)).astype(np.int64)) for i in indices]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=0)
+        lengths = torch.tensor([len(text) for text in texts])
+        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+    def loss(self, indices, step, epoch, positions):
+        ids, mask = self.batch(self.parts.train_set, indices)
+        return self.module.loss_of(ids, mask).sum() / mask.sum(), ids.numel()
+
+    def bits(self, block_size: int, levels: int) -> dict:
+        held_out, nats, tokens = self.parts.eval_set, 0.0, 0
+        for start in range(0, len(held_out), 16):
+            ids, mask = self.batch(held_out, range(start, min(start + 16, len(held_out))))
+            nats += float(self.module.bound_nats(ids, mask, levels * 4).sum())
+            tokens += int(mask.sum())
+        return {"bits_per_token": bits(nats) / tokens, "bits_per_byte": bits(nats) / held_out.num_bytes}
+
+
+def prepare(arguments) -> tuple[object, TrainConfig]:
+    """The system on its data, and its settings."""
+    extra = dict(item.split("=", 1) for item in arguments.set)
+    extra = {name: _value(value) for name, value in extra.items()}
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    settings = RECIPE | SYSTEMS[arguments.system] | {k: v for k, v in extra.items() if k in fields}
+    config = TrainConfig(data_path=arguments.corpus, seed=arguments.seed, **settings)
+    config.validate()
+    parts = assemble(config, _OnlyRank(), None)
+    torch.manual_seed(arguments.seed)
+    kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
+    if arguments.system in kinds:
+        return Reference(parts, config, kinds[arguments.system]), config
+    return Ours(parts, config, extra), config
+
+
+def _value(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def train(system, arguments) -> dict:
+    """Spends the budget and measures: bits of the averaged weights, tokens, seconds, positions."""
+    optimizer = build_optimizer(
+        list(system.module.parameters()),
+        {"type": "AdamW", "params": {"lr": arguments.lr, "betas": [0.9, 0.95], "weight_decay": 0.01}},
+        [EMA_DECAY],
+    )
+    sampler = TrainBatchSampler(system.parts.train_set.lengths, arguments.batch, arguments.seed)
+    module, step, positions, tokens, begun, losses = system.module, 0, 0.0, 0, time.perf_counter(), []
+    steps = None
+    for epoch in range(10_000):
+        for number, indices in enumerate(sampler.batches(epoch)):
+            loss, computed = system.loss(indices, step, epoch, number * arguments.batch + np.arange(len(indices)))
+            if steps is None:
+                # All batches of packed texts are equal; alternating modes are paid for in turn.
+                per_step = [2 if size else 1 for size in getattr(system, "block_sizes", [0])]
+                mean = computed / per_step[0] * sum(per_step) / len(per_step)
+                steps = max(1, round(arguments.positions / mean))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, arguments.lr)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step, positions = step + 1, positions + computed
+            tokens += int(system.parts.train_set.lengths[indices].sum())
+            losses.append(loss.item())
+            if step % 100 == 0:
+                print(step, steps, f"{np.mean(losses[-100:]):.4f} {time.perf_counter() - begun:.0f} s", flush=True)
+            if step >= steps:
+                seconds = time.perf_counter() - begun
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.copy_(optimizer.state[parameter][f"ema_{EMA_DECAY}"])
+                return {"steps": step, "positions": positions, "tokens": tokens, "seconds": seconds}
+    raise AssertionError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--system", choices=SYSTEMS, default="ours")
+    add("--corpus", default=str(ROOT / "data" / "web_narrative.txt"))
+    add("--positions", type=float, default=1e6)
+    add("--batch", type=int, default=16)
+    add("--lr", type=float, default=3e-3)
+    add("--seed", type=int, default=0)
+    add("--levels", type=int, default=8, help="noise levels a text is evaluated at")
+    add("--paths", type=int, nargs="*", default=[0], help="block sizes of the bounds to measure; 0: all at once")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the trainer; blocks=[0,1]")
+    add("--note", default="")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    system, config = prepare(arguments)
+    row = {"system": arguments.system, "corpus": Path(arguments.corpus).name, "set": arguments.set}
+    row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
+    row |= train(system, arguments)
+    system.module.eval()
+    parameters = sum(p.numel() for b in _blocks(system.module) for p in b.parameters())
+    row |= {"parameters": parameters, "threads": torch.get_num_threads()}
+    row["bits"] = {path: system.bits(path, arguments.levels) for path in arguments.paths}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row))
+
+
+def _blocks(module):
+    return module.model.blocks
+
+
+if __name__ == "__main__":
+    main()
