@@ -14,7 +14,6 @@ import json
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +119,8 @@ class Reference:
         return {"bits_per_token": bits(nats) / tokens, "bits_per_byte": bits(nats) / held_out.num_bytes}
 
 
-def prepare(arguments) -> tuple[object, TrainConfig]:
-    """The system on its data, and its settings."""
+def prepare(arguments):
+    """The system on its data."""
     extra = dict(item.split("=", 1) for item in arguments.set)
     extra = {name: _value(value) for name, value in extra.items()}
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -132,8 +131,8 @@ def prepare(arguments) -> tuple[object, TrainConfig]:
     torch.manual_seed(arguments.seed)
     kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
     if arguments.system in kinds:
-        return Reference(parts, config, kinds[arguments.system]), config
-    return Ours(parts, config, extra), config
+        return Reference(parts, config, kinds[arguments.system])
+    return Ours(parts, config, extra)
 
 
 def _value(text: str):
@@ -196,7 +195,7 @@ def main() -> None:
     add("--note", default="")
     arguments = parser.parse_args()
     keep_freed_memory()
-    system, config = prepare(arguments)
+    system = prepare(arguments)
     row = {"system": arguments.system, "corpus": Path(arguments.corpus).name, "set": arguments.set}
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
     row |= train(system, arguments)

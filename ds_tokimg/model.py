@@ -70,6 +70,18 @@ class Segment(NamedTuple):
     positions: Tensor  # [B, n]
 
 
+class Memory:
+    """Clean patches that the transformer has read: their keys and values in every block, [B, heads, M, d] each."""
+
+    def __init__(self, depth: int, valid: Tensor):
+        self.past: list[list[Tensor]] = [[] for _ in range(depth)]
+        self.valid = valid  # [B, M] bool
+
+    def reading(self) -> list[list[Tensor]]:
+        """The same for one pass, which may add to it without changing this."""
+        return [list(past) for past in self.past]
+
+
 class Prediction:
     """What the model says about patches. All but what the network put out is computed when it is asked for.
 
@@ -240,6 +252,7 @@ class JiT(nn.Module):
         positions: Tensor | None = None,
         self_condition: Tensor | None = None,
         context: tuple[Tensor, Tensor] | None = None,
+        memory: Memory | None = None,
     ) -> Prediction:
         """Predicts clean patches.
 
@@ -254,6 +267,7 @@ class JiT(nn.Module):
                 left to right: a noisy patch sees the noisy patches of its own block and the clean ones of the blocks
                 before it. All blocks are predicted at once, at twice the positions. None: every patch sees all noisy
                 ones.
+            memory: what `remember` has read before; the patches are then those of one block.
         """
         batch, count, _ = noisy.shape
         level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
@@ -266,9 +280,26 @@ class JiT(nn.Module):
             segments.insert(0, self._clean_segment(context[0], slot_mask, positions))
         if condition is not None:
             segments.insert(0, self._prompt_segment(*condition))
-        x = self._transform(segments, None if context is None else context[1])[:, -count:]
+        blocks = None if context is None else context[1]
+        past, seen = (None, None) if memory is None else (memory.reading(), memory.valid)
+        x = self._transform(segments, blocks, past, seen)[:, -count:]
         hidden = self.final(x, segments[-1].time)
         return Prediction(self.head, self.head(hidden), evidence)
+
+    def remember(self, memory: Memory | None, patches: Tensor, slot_mask: Tensor, positions: Tensor | None) -> Memory:
+        """Reads a prompt (positions None) or the next block of clean patches [B, n, P], once for all steps to come.
+
+        memory: what was read before, which becomes part of the result; None at the beginning.
+        """
+        if positions is None:
+            segment = self._prompt_segment(patches, slot_mask)
+        else:
+            segment = self._clean_segment(patches, slot_mask, positions)
+        if memory is None:
+            memory = Memory(len(self.blocks), segment.valid[:, :0])
+        self._transform([segment], past=memory.past, seen=memory.valid)
+        memory.valid = torch.cat([memory.valid, segment.valid], 1)
+        return memory
 
     def read(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
         """Most likely tokens of a prediction: ids int64 [B, N, K], and bool [B, N, K]: the colour is no token."""
@@ -313,8 +344,12 @@ class JiT(nn.Module):
         inputs, _ = self._inputs(patches, level, slot_mask, None)
         return Segment(self._embed(inputs, segment=1), self.time_embed(level), slot_mask.any(-1), positions)
 
-    def _transform(self, segments: list[Segment], blocks: Tensor | None) -> Tensor:
-        """All segments through the blocks of the transformer: [B, L, C], L positions in all."""
+    def _transform(self, segments: list[Segment], blocks: Tensor | None = None, past=None, seen=None) -> Tensor:
+        """All segments through the transformer: [B, L, C], L positions in all.
+
+        blocks: see `predict`. past: what each block of the transformer keeps of earlier positions, see `Attention`;
+        seen: which of those are valid, [B, M].
+        """
         x = torch.cat([segment.x for segment in segments], 1)
         valid = torch.cat([segment.valid for segment in segments], 1)
         positions = torch.cat([segment.positions for segment in segments], 1)
@@ -322,16 +357,16 @@ class JiT(nn.Module):
         if len(segments) > 1:
             time = torch.cat([s.time.expand(-1, s.x.shape[1], -1) for s in segments], 1)
         rotation = self._rotation(positions)
-        keys = valid[:, None, :]  # [B, 1 or L, L]
+        keys = (valid if seen is None else torch.cat([seen, valid], 1))[:, None, :]  # [B, 1 or L, M + L]
         if blocks is not None:
             keys = keys & _seen_from_left_to_right(blocks, x.shape[1])
         # A row that sees nothing valid attends to everything: its output is ignored but must stay finite.
         keys = (keys | ~keys.any(-1, keepdim=True))[:, None]
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, time, rotation, keys, use_reentrant=False)
             else:
-                x = block(x, time, rotation, keys)
+                x = block(x, time, rotation, keys, None if past is None else past[index])
         return x
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,9 +414,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.offset = nn.Parameter(torch.zeros(6 * width))  # [6C]
 
-    def forward(self, x: Tensor, time: Tensor, rotation, keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, rotation, keys: Tensor | None, past: list | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.offset).chunk(6, -1)  # [B, N or 1, C]
-        x = x + gate1 * self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, keys)
+        x = x + gate1 * self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, keys, past)
         return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
 
 
@@ -393,9 +428,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotation, keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation, keys: Tensor | None, past: list[Tensor] | None = None) -> Tensor:
+        """x [B, N, C]; keys bool, broadcasting to [B, heads, N, M + N]; past: keys and values of M earlier positions,
+        each [B, heads, M, d], which these N come after; the list is brought up to date."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
         q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        if past is not None:
+            past[:] = k, v = [torch.cat(parts, 2) for parts in zip(past, (k, v), strict=True)] if past else (k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         return self.out(mixed.transpose(1, 2).flatten(2))
 

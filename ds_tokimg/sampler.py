@@ -6,10 +6,14 @@ prediction stays the same. `heun` corrects it with the prediction at s (Karras e
 space", 2022, algorithm 1). `ancestral` draws clean from the predicted posterior, token by token, and z_s from
 q(z_s | z_t, clean) (Ho et al. 2020, eq. 6): a walk that ends with the right distribution as steps become small, and
 unlike the flow forgets its mistakes. States are float64.
+
+All patches lose their noise together, or, with a block size, one block of patches after another, from left to right:
+what was written before is then read once and remembered.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +26,7 @@ from ds_tokimg.batch import PatchLayout
 from ds_tokimg.bound import noise_levels
 from ds_tokimg.diffusion import alpha_sigma, timestep_of_log_snr
 from ds_tokimg.loss import probabilities
-from ds_tokimg.model import JiT, Prediction
+from ds_tokimg.model import JiT, Memory, Prediction
 from ds_tokimg.rng import Stream, generator
 
 SAMPLERS = ("ancestral", "euler", "heun")
@@ -33,13 +37,15 @@ START = 999.0  # the noisiest timestep
 class SamplingOptions:
     """How to sample.
 
-    steps: network evaluations (two a step for `heun`, so half as many steps).
+    steps: network evaluations, of every block (two a step for `heun`, so half as many steps).
+    block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
     guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
     Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
     """
 
     steps: int = 64
     sampler: str = "ancestral"
+    block_size: int = 0
     guidance_scale: float = 1.0
     seed: int = 0
     batch_size: int = 64
@@ -49,6 +55,8 @@ class SamplingOptions:
             raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError("steps and batch_size must be at least 1")
+        if self.block_size < 0:
+            raise ValueError("block_size must be 0 (the whole image at once) or more")
 
 
 def timestep_grid(radix: int, steps: int) -> Tensor:
@@ -106,6 +114,9 @@ class _Walk:
         self.condition = self._condition([prompts[i] for i in rows]) if prompts is not None else None
         self.fixed_ids, self.fixed = self._given([given[i] for i in rows] if given is not None else None)
         self.fixed_clean = self._colours(self.fixed_ids)  # [B, N, P], meaningful where fixed
+        self.positions = torch.arange(self.mask.shape[1], device=self.device).expand(self.mask.shape[:2])
+        # With and without the condition: what has been written before the block at hand.
+        self.memories: dict[bool, Memory | None] = {}
         self.earlier: Tensor | None = None
 
     def _condition(self, prompts):
@@ -141,17 +152,58 @@ class _Walk:
         return torch.from_numpy(values).to(self.device)
 
     def run(self) -> tuple[list[list[int]], int]:
+        """The texts' ids, and how many colours were no token."""
+        if self.options.block_size:
+            ids, invalid = self._from_left_to_right()
+        else:
+            ids, invalid = self._denoise()
+        order = self.layout.order[: ids.shape[1]].flatten()
+        in_text = torch.argsort(order)
+        rows = ids.flatten(1).cpu()[:, in_text]
+        return [row[:n].tolist() for row, n in zip(rows, self.lengths, strict=True)], int((invalid & self.mask).sum())
+
+    def _from_left_to_right(self) -> tuple[Tensor, Tensor]:
+        """Block after block: ids [B, N, K], and which colours were no token."""
+        self._read_condition()
+        ids, invalid = self.fixed_ids.clone(), torch.zeros_like(self.mask)
+        count = self.mask.shape[1]
+        for start in range(0, count, self.options.block_size):
+            block = self._block(slice(start, start + self.options.block_size))
+            now = slice(start, start + block.mask.shape[1])
+            if not (block.fixed | ~block.mask).all():
+                ids[:, now], invalid[:, now] = block._denoise()
+            if now.stop < count:
+                self._remember(self._colours(ids[:, now]), self.mask[:, now], self.positions[:, now])
+        return ids, invalid
+
+    def _block(self, now: slice) -> _Walk:
+        """The walk of some patches after those that are remembered."""
+        block = copy.copy(self)
+        for name in ("mask", "fixed", "fixed_ids", "fixed_clean", "positions"):
+            setattr(block, name, getattr(self, name)[:, now])
+        block.patches = np.clip(self.patches - now.start, 0, block.mask.shape[1])
+        return block
+
+    def _read_condition(self) -> None:
+        scale = self.options.guidance_scale
+        if self.condition is not None and scale != 0:
+            self.memories[True] = self.model.remember(None, *self.condition, None)
+        if self.condition is None or scale != 1:
+            self.memories[False] = None
+
+    def _remember(self, clean: Tensor, mask: Tensor, positions: Tensor) -> None:
+        for given, memory in self.memories.items():
+            self.memories[given] = self.model.remember(memory, clean, mask, positions)
+
+    def _denoise(self) -> tuple[Tensor, Tensor]:
+        """From noise to tokens: ids [B, N, K], and bool [B, N, K], the colour is no token."""
         grid = timestep_grid(self.model.codec.radix, self._num_steps())
         step: Callable = {"euler": self._euler, "heun": self._heun, "ancestral": self._ancestral}[self.options.sampler]
         z = self._normal()
         for t, s in pairwise(grid[:-1].tolist()):
             z = step(z, t, s)
         ids, invalid = self._last(z, float(grid[-2]))
-        ids = torch.where(self.fixed, self.fixed_ids, ids)
-        order = self.layout.order[: ids.shape[1]].flatten()
-        in_text = torch.argsort(order)
-        rows = ids.flatten(1).cpu()[:, in_text]
-        return [row[:n].tolist() for row, n in zip(rows, self.lengths, strict=True)], int((invalid & self.mask).sum())
+        return torch.where(self.fixed, self.fixed_ids, ids), invalid
 
     def _num_steps(self) -> int:
         return max(1, self.options.steps // 2) if self.options.sampler == "heun" else self.options.steps
@@ -178,7 +230,11 @@ class _Walk:
         levels = levels.masked_fill((self.fixed | ~self.mask).all(-1) & self.fixed.any(-1), 0.0)
         z = torch.where((levels == 0)[..., None], self.fixed_clean.to(z.dtype), z)
         t_in = levels if self.fixed.any() else levels[:, 0]
-        return self.model.predict(z.float(), t_in, self.mask, condition, self_condition=self.earlier)
+        if not self.memories:
+            return self.model.predict(z.float(), t_in, self.mask, condition, self_condition=self.earlier)
+        memory = self.memories[condition is not None]
+        seen = {"positions": self.positions, "memory": memory, "self_condition": self.earlier}
+        return self.model.predict(z.float(), t_in, self.mask, **seen)
 
     def _guide(self, without: Prediction, given: Prediction, scale: float) -> Prediction:
         head = self.model.head

@@ -215,6 +215,30 @@ def test_a_block_sees_itself_and_what_is_clean_before_it(block_size, head):
         torch.testing.assert_close(alone.clean[:, now[until]], together[:, now], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_block_by_block_with_a_memory_is_all_blocks_at_once(block_size):
+    """What sampling computes, one block after another, is what training computes, all at once."""
+    model = tiny_model(CODEC)
+    clean, mask = images_of([250, 90])
+    clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
+    prompt, prompt_mask = clean[:, 3:6].clone(), slot_mask[:, 3:6].clone()
+    prompt_mask[0, 2] = False
+    t = torch.full((2,), 500.0)
+    noisy, _ = add_noise_to_timestep(clean, t, noise_like(clean))
+    blocks = torch.arange(16) // block_size
+    together = model.predict(noisy, t, slot_mask, (prompt, prompt_mask), context=(clean, blocks)).clean
+    memory = model.remember(None, prompt, prompt_mask, None)
+    positions = torch.arange(16).expand(2, 16)
+    for start in range(0, 16, block_size):
+        now = slice(start, start + block_size)
+        place = positions[:, now]
+        for _ in range(2):  # looking does not change what is remembered
+            alone = model.predict(noisy[:, now], t, slot_mask[:, now], positions=place, memory=memory).clean
+        valid = slot_mask[:, now].any(-1)
+        torch.testing.assert_close(alone[valid], together[:, now][valid], atol=1e-4, rtol=1e-4)
+        memory = model.remember(memory, clean[:, now], slot_mask[:, now], place)
+
+
 def test_earlier_blocks_matter_and_a_condition_is_seen_by_all():
     model = tiny_model(CODEC)
     clean, mask = images_of([256])

@@ -43,6 +43,16 @@ def test_texts_come_with_their_frequencies(sampler, vocab_size, length, patch_si
     assert chi_square_p(rows, source) > 1e-3 and invalid == 0
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_texts_from_left_to_right_come_with_their_frequencies(sampler, block_size):
+    source = correlated_texts(3, 3)
+    model = ExactModel(TokenCodec(3), source)
+    options = SamplingOptions(steps=64, sampler=sampler, block_size=block_size, batch_size=1500)
+    rows, invalid = sample(model, [3] * 1500, options)
+    assert chi_square_p(rows, source) > 1e-3 and invalid == 0
+
+
 def given_second(sampler: str, patch_size: int):
     """The first of two tokens, the second given: sampled texts, and the frequencies to expect."""
     source = correlated_texts(4, 2)
@@ -170,21 +180,40 @@ def test_states_follow_the_noising_path(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
-def test_a_text_does_not_depend_on_its_batch(sampler, head):
+@pytest.mark.parametrize("block_size", [0, 2])
+def test_a_text_does_not_depend_on_its_batch(sampler, head, block_size):
     """Lengths, prompts and given tokens of the neighbours make no difference."""
     model = tiny_model(CODEC, self_conditioning=True, **head).eval()
     lengths = [40, 3, 17, 60, 16, 33]
     prompts = [[1, 2, 3], [], [5] * 30, [], [7], [8, 9]]
     given = [{}, {0: 4}, {}, dict.fromkeys(range(20), 7), {}, {30: 1}]
     results = [
-        sample(model, lengths, SamplingOptions(8, sampler, guidance_scale=1.5, batch_size=size), prompts, given)
+        sample(model, lengths, SamplingOptions(8, sampler, block_size, 1.5, batch_size=size), prompts, given)
         for size in (1, 4, 64)
     ]
     assert results[0] == results[1] == results[2]
     assert [len(row) for row in results[0][0]] == lengths
     assert all(0 <= token < 50 and type(token) is int for row in results[0][0] for token in row)
-    other = sample(model, lengths, SamplingOptions(8, sampler, seed=1), prompts, given)
+    other = sample(model, lengths, SamplingOptions(8, sampler, block_size, seed=1), prompts, given)
     assert other[0] != results[0][0]
+
+
+def test_a_block_is_written_after_those_before_it():
+    """Other tokens in front change what follows, and nothing that comes later changes what is in front."""
+    model, options = tiny_model(CODEC).eval(), SamplingOptions(8, block_size=1)
+    start = dict.fromkeys(range(16), 3)
+    (text,), _ = sample(model, [64], options, given=[start])
+    (other,), _ = sample(model, [64], options, given=[start | {0: 30}])
+    (later,), _ = sample(model, [64], options, given=[start | {60: 7}])
+    (shorter,), _ = sample(model, [32], options, given=[start])
+    assert text[16:32] != other[16:32]
+    assert text[:48] == later[:48] and text[:32] == shorter
+
+
+def test_one_block_is_the_whole_image():
+    model = tiny_model(CODEC).eval()
+    plain, block = (sample(model, [64, 20], SamplingOptions(8, block_size=size)) for size in (0, 16))
+    assert plain == block
 
 
 def test_the_global_generator_is_left_alone():
@@ -196,13 +225,14 @@ def test_the_global_generator_is_left_alone():
 @pytest.mark.parametrize("layout", ["patch", "raster"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
-def test_given_tokens_stay(head, sampler, layout):
+@pytest.mark.parametrize("block_size", [0, 3])
+def test_given_tokens_stay(head, sampler, layout, block_size):
     codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
     model = tiny_model(codec, layout=layout, self_conditioning=True, **head)
     rng, lengths = np.random.default_rng(1), [256, 70, 33]
     given = [{int(i): int(rng.integers(50)) for i in rng.choice(n, n // 2, replace=False)} for n in lengths]
     given[2] = {i: 49 - i for i in range(33)}
-    rows, _ = sample(model, lengths, SamplingOptions(4, sampler), given=given)
+    rows, _ = sample(model, lengths, SamplingOptions(4, sampler, block_size), given=given)
     for row, known in zip(rows, given, strict=True):
         assert all(row[place] == token for place, token in known.items())
     assert rows[2] == [49 - i for i in range(33)]

@@ -74,11 +74,18 @@ class ExactModel(nn.Module):
         self.evaluations: list[Tensor] = []  # the timesteps of all calls
 
     def predict(
-        self, noisy, t, slot_mask, condition=None, positions=None, self_condition=None, context=None
+        self, noisy, t, slot_mask, condition=None, positions=None, self_condition=None, context=None, memory=None
     ) -> Prediction:
         self.evaluations.append(t)
+        if memory is not None:  # the patches so far, then these
+            level = torch.cat([t.new_zeros(memory.shape[:2]), t[:, None].expand(noisy.shape[:2])], 1)
+            probabilities = self.posterior(torch.cat([memory, noisy], 1), level)[:, memory.shape[1] :]
+            return Prediction.of_logits(self.head, probabilities.log().float())
         probabilities = self.posterior(noisy, t) if context is None else self._from_left_to_right(noisy, t, *context)
         return Prediction.of_logits(self.head, probabilities.log().float())
+
+    def remember(self, memory, patches, slot_mask, positions):
+        return patches if memory is None else torch.cat([memory, patches], 1)
 
     def _from_left_to_right(self, noisy: Tensor, t: Tensor, clean: Tensor, blocks: Tensor) -> Tensor:
         """Block by block: what comes before it is shown without noise, what comes after it as nothing but noise."""
@@ -97,12 +104,13 @@ class ExactModel(nn.Module):
         alpha, sigma = alpha_sigma(level.double()[:, :length, None])
         sigma = sigma.clamp(min=1e-4)
         z = noisy.double().unflatten(-1, (self.slots, -1)).flatten(1, 2)[:, :length]  # [B, length, D]
+        places = z.shape[1]  # fewer than `length` when what comes after is not there yet
         centres = alpha[..., None] * self.codec.codebook.double()  # [B, length, V, D]
         per_token = torch.distributions.Normal(centres, sigma[..., None]).log_prob(z[:, :, None]).sum(-1)
-        joint = self.log_prior + sum(per_token[:, i][:, self.texts[:, i]] for i in range(length))  # [B, texts]
+        joint = self.log_prior + sum(per_token[:, i][:, self.texts[:, i]] for i in range(places))  # [B, texts]
         weights = joint.softmax(-1)
         result = torch.full((batch, patches * self.slots, vocab_size), 1 / vocab_size, dtype=torch.float64)
-        for place in range(length):
+        for place in range(places):
             result[:, place] = torch.zeros(batch, vocab_size).double().index_add_(1, self.texts[:, place], weights)
         return result.clamp(min=1e-300).unflatten(1, (patches, self.slots))
 
