@@ -91,6 +91,7 @@ class BatchMaker:
 
     Args:
         patch_noise: share of the samples in which every patch has a noise level of its own.
+        block_size: patches that have a noise level in common and see the clean ones before them; 0: the whole image.
         condition_drop: probability that a sample's condition is hidden; None when the model has no conditions.
         self_conditioning: probability that a sample sees the model's own first prediction.
         canvas: with conditions, the largest number of patches an answer is generated on. An answer is filled up with
@@ -151,14 +152,11 @@ class BatchMaker:
         return dataset.prompt_ids(index)
 
     def _timesteps(self, indices, positions, epoch: int, patches, width: int) -> Tensor:
-        """[B], or [B, N] where some samples have a noise level per patch."""
-        u = low_discrepancy(self.seed, Stream.TIMESTEP, epoch, positions)
-        if self.block_size:
-            u = (u[:, None] if len(u) else np.zeros((1, 1))) + stagger(width, self.block_size)
-            return self.timesteps(torch.from_numpy(u % 1.0))
-        if not self.patch_noise:
-            return self.timesteps(torch.from_numpy(u if len(u) else np.zeros(1)))
-        per_patch = np.repeat(u[:, None], width, 1) if len(u) else np.zeros((1, width))
+        """[B], or [B, N] where blocks, or the patches of some samples, have noise levels of their own."""
+        u = low_discrepancy(self.seed, Stream.TIMESTEP, epoch, positions) if len(positions) else np.zeros(1)
+        if not self.patch_noise and not self.block_size:
+            return self.timesteps(torch.from_numpy(u))
+        per_patch = np.repeat((u[:, None] + stagger(width, self.block_size)) % 1.0, 1 if self.block_size else width, 1)
         places = np.asarray(positions)
         chosen = np.floor((places + 1) * self.patch_noise) > np.floor(places * self.patch_noise)
         for row in np.flatnonzero(chosen):

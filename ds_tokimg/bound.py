@@ -276,7 +276,9 @@ class _Texts:
         return self._prompts[index]
 
 
-def bits_per_token(model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVELS, seed: int = 0) -> float:
+def bits_per_token(
+    model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVELS, block_size: int = 0, seed: int = 0
+) -> float:
     """The bound of a model on texts, in bits per token.
 
     Args:
@@ -284,6 +286,7 @@ def bits_per_token(model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVE
         texts: lists of token ids (each at most the image's capacity).
         prompts: a list of token ids per text that the model is conditioned on, or None.
         num_levels: noise levels a text is evaluated at; more give a smaller error.
+        block_size: the path of the bound, see `estimate_bound`.
     """
     from ds_tokimg.loss import TrainingLoss
 
@@ -300,6 +303,7 @@ def bits_per_token(model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVE
         num_levels=num_levels,
         seed=seed,
         conditional=prompts is not None,
+        block_size=block_size,
         self_conditioning=config.self_conditioning,
         device=next(model.parameters()).device,
     )

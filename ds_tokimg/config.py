@@ -90,6 +90,7 @@ class TrainConfig:
 
     objective: str = _objective("ce", "cross-entropy, squared error or weighted bound", ("ce", "mse", "elbo"))
     timesteps: str = _objective("band", "where noise levels lie", ("band", "uniform", "logit_normal"))
+    block_size: int = _objective(0, "patches that lose their noise together, from left to right; 0: the whole image")
     patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
     self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")
     ema_decay: list[float] = _objective((0.9999,), "decays of the weights' moving averages")  # noqa: RUF009
@@ -256,7 +257,8 @@ _OF_THE_LAUNCH = frozenset(
 _FIXED = (
     *("data_path", "eval_data_path", "eval_fraction", "vocab_size", "packing", "use_chat_template"),
     *("enable_condition", "condition_drop", "max_tokens", "img_size", "token_size", "radix", "palette", "layout"),
-    *("model", "positions", "head", "posterior", "objective", "timesteps", "patch_noise", "self_conditioning"),
+    *("model", "positions", "head", "posterior", "objective", "timesteps", "block_size", "patch_noise"),
+    *("self_conditioning",),
     *("ema_decay", "seed"),
 )
 
@@ -267,7 +269,7 @@ _COUNTS = (
 )
 _RANGES = (
     (_COUNTS, lambda value: value >= 1, "a whole number of at least 1"),
-    (("num_samples", "num_workers", "profile", "seed"), lambda value: value >= 0, "0 or more"),
+    (("num_samples", "num_workers", "profile", "seed", "block_size"), lambda value: value >= 0, "0 or more"),
     (
         ("condition_drop", "patch_noise", "self_conditioning"),
         lambda value: 0 <= value <= 1,

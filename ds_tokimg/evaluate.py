@@ -20,12 +20,16 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.noise_levels < 1:
         raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
+    if arguments.block_size is not None and arguments.block_size < 0:
+        raise UserError(f"--block_size {arguments.block_size}: 0 (the whole image) or more")
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
     dataset = open_texts(trained, arguments.data_path, arguments.split, arguments.cache_dir)
     if not len(dataset):
         raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
     module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
     options = {"num_levels": arguments.noise_levels, "seed": arguments.seed, "device": arguments.device}
+    if arguments.block_size is not None:
+        options["block_size"] = arguments.block_size
     bound = bound_of(module, trained.format, trained.layout, dataset, **options)
     report(bound, trained.path, arguments.data_path)
     if arguments.json:
@@ -47,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         help="which documents; auto: the held-out ones of the data the run was trained on, else all",
     )
     add("--noise_levels", type=int, default=DEFAULT_LEVELS, metavar="N", help="levels per text (default: %(default)s)")
+    add(
+        "--block_size",
+        type=int,
+        metavar="N",
+        help="patches that lose their noise together, from left to right; 0: the whole image (default: as trained)",
+    )
     add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
     add("--cache_dir", metavar="DIR", help="where tokenised data is cached")
     add("--device", default="cpu", help="where to compute (default: cpu)")
@@ -91,6 +101,7 @@ def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **o
         dataset,
         layout,
         timesteps=module.timesteps,
+        block_size=options.pop("block_size", text_format.block_size),
         conditional=text_format.enable_condition,
         self_conditioning=module.model.config.self_conditioning,
         canvas=text_format.canvas,

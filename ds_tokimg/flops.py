@@ -34,10 +34,12 @@ def train_flops(model: JiT, batch: dict[str, Tensor]) -> int:
 def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     samples, patches, slots = batch["ids"].shape
     prompt = batch["condition_ids"].shape[1] if "condition_ids" in batch else 0
-    positions = samples * (patches + prompt)
+    clean = prompt + (patches if "blocks" in batch else 0)  # a prompt, and the context from left to right
+    length = patches + clean
+    positions = samples * length
     # Noise levels: one a sample or one a patch, and one for its condition, which has no noise.
     levels = samples * (batch["t"].shape[1] if batch["t"].dim() == 2 else 1)
-    times = levels + (samples if prompt else 0)
+    times = levels + samples * (("condition_ids" in batch) + ("blocks" in batch))
     data, hidden = (2, 3) if backward else (1, 1)  # passes over a product whose input is data, or needs a gradient
 
     def linear(layer: nn.Linear, rows: int, passes: int = hidden) -> int:
@@ -51,9 +53,8 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     for block in model.blocks:
         layers = (block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down)
         flops += sum(linear(layer, positions) for layer in layers)
-        flops += 4 * positions * (patches + prompt) * model.config.width * hidden
-    # With a condition the levels of the samples have been spread over their patches.
-    flops += linear(model.final.modulation, samples * patches if prompt else levels)
+        flops += 4 * positions * length * model.config.width * hidden
+    flops += linear(model.final.modulation, levels)
     if not learned_input:
         return flops + linear(model.head.output, samples * patches)
     inputs = 2 if model.config.self_conditioning and "self_condition" in batch and backward else 1

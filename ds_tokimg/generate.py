@@ -18,8 +18,8 @@ from ds_tokimg.trained import WEIGHTS, TrainedModel, load_trained
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts = _prompts(arguments)
-    options = _options(arguments)
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    options = _options(arguments, trained.format.block_size)
     texts = generate(trained, prompts, options, arguments.max_new_tokens)
     show(texts)
     if arguments.save_images:
@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_samples", type=int, default=1, metavar="N", help="texts, per prompt (default: 1)")
     add("--num_inference_steps", type=int, default=defaults.steps, metavar="N", help="default: %(default)s")
     add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="default: %(default)s")
+    add(
+        "--block_size",
+        type=int,
+        metavar="N",
+        help="patches written together, from left to right; 0: the whole image (default: as trained)",
+    )
     add("--guidance_scale", type=float, default=defaults.guidance_scale, metavar="S", help="default: %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="N", help="default: %(default)s")
     add("--max_new_tokens", type=int, metavar="N", help="length to write at most (default: the image, or the answer)")
@@ -68,11 +74,12 @@ def _prompts(arguments) -> list[str | None]:
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
-def _options(arguments) -> SamplingOptions:
+def _options(arguments, trained_block_size: int) -> SamplingOptions:
     try:
         return SamplingOptions(
             steps=arguments.num_inference_steps,
             sampler=arguments.sampler,
+            block_size=trained_block_size if arguments.block_size is None else arguments.block_size,
             guidance_scale=arguments.guidance_scale,
             seed=arguments.seed,
             batch_size=arguments.batch_size,

@@ -119,10 +119,17 @@ class TrainingLoss(nn.Module):
         sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
         sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
         if self.measure_bound:
-            whole = (target.t == target.t[:, :1]).all(1)[:, None, None] & mask
+            whole = self._follows_the_path(target.t, batch)[:, None, None] & mask
             sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
             sums["bound_tokens"] = whole.sum()
         return sums
+
+    def _follows_the_path(self, t: Tensor, batch) -> Tensor:
+        """Samples whose patches have one noise level, or one a block, as the bound's path asks for: bool [B]."""
+        if "blocks" not in batch:
+            return (t == t[:, :1]).all(1)
+        first_of_block = torch.searchsorted(batch["blocks"], batch["blocks"])
+        return (t == t[:, first_of_block]).all(1)
 
     def _first_pass(self, batch, noisy, seen: dict) -> Tensor | None:
         """Self-conditioning (Chen et al., "Analog bits", 2022): what the model itself predicts at first, for the

@@ -226,7 +226,9 @@ class Run:
         """Texts from the last checkpoint as a user would get them, from the averaged weights on the disk."""
         folder = Path(self.config.output_dir) / checkpoints.FOLDER / checkpoints.tag_of(self.saved_step)
         trained = load_trained(str(folder))
-        texts = generate(trained, self._prompts(), SamplingOptions(seed=self.config.seed))
+        texts = generate(
+            trained, self._prompts(), SamplingOptions(block_size=self.config.block_size, seed=self.config.seed)
+        )
         print("\nsamples:")
         show(texts)
         step = self.engine.global_steps

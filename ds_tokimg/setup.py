@@ -71,6 +71,7 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
         patch_noise=config.patch_noise,
         condition_drop=config.condition_drop if config.enable_condition else None,
         self_conditioning=config.self_conditioning,
+        block_size=config.block_size,
         canvas=text_format.canvas,
         eos_id=text_format.eos_id,
     )

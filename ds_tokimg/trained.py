@@ -29,6 +29,7 @@ class TextFormat:
     """How texts become images in a run; what evaluation and generation must do alike."""
 
     max_tokens: int  # tokens an image holds at most
+    block_size: int  # patches that lose their noise together, from left to right; 0: all of the image
     canvas: int  # patches an answer is written on (models with conditions), else 0
     packing: bool
     enable_condition: bool
@@ -43,7 +44,15 @@ class TextFormat:
 
     @classmethod
     def of_run(cls, config: TrainConfig, tokenizer, canvas: int) -> TextFormat:
-        same = ("packing", "enable_condition", "use_chat_template", "eval_fraction", "objective", "timesteps")
+        same = (
+            "block_size",
+            "packing",
+            "enable_condition",
+            "use_chat_template",
+            "eval_fraction",
+            "objective",
+            "timesteps",
+        )
         return cls(
             max_tokens=config.max_tokens or config.capacity,
             canvas=canvas,

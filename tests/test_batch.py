@@ -139,6 +139,27 @@ def test_levels_of_patches_are_independent_draws():
     assert correlation.abs().max() < 4.5 / 64**0.5
 
 
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_blocks_have_levels_of_their_own_that_cover_the_band(block_size):
+    """One level a block, spread evenly within every text and over the texts, whatever their batch."""
+    texts = random_texts(50, [256] * 32)
+    maker = maker_of(block_size=block_size)
+    batch = maker(texts, range(32), range(32), 0)
+    blocks = np.arange(16) // block_size
+    assert batch["blocks"].tolist() == blocks.tolist()
+    t = batch["t"].double()
+    for block in range(blocks[-1] + 1):
+        assert (t[:, blocks == block] == t[:, blocks == block][:, :1]).all()
+    band = maker.timesteps.band
+    quantile = ((2 * torch.log((1000 - t) / t) - band.low) / (band.high - band.low))[:, ::block_size]
+    for part in (quantile[0], quantile[:, 0], quantile):
+        counts = torch.histc(part.flatten(), 4, 0, 1)
+        assert (counts - part.numel() / 4).abs().max() <= 2
+    assert torch.equal(maker(texts, [7], [7], 0)["t"], batch["t"][7:8])
+    mixed = maker_of(block_size=3, patch_noise=0.5)(texts, range(32), range(32), 0)["t"]
+    assert [bool((row[0] == row[1]).item()) for row in mixed] == [True, False] * 16
+
+
 def test_conditions_are_dropped_at_the_rate_asked_for():
     texts = random_texts(50, [5] * 600, [4] * 600)
     batch = maker_of(condition_drop=0.1)(texts, range(600), range(600), 0)

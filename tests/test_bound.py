@@ -306,6 +306,8 @@ def test_bits_per_token_of_lists():
     trained = tiny_model(TokenCodec(64))
     plain, given = bits_per_token(trained, texts), bits_per_token(trained, texts, prompts=[[5] * 20, []])
     assert plain != given
+    from_left = bits_per_token(trained, texts, block_size=2)
+    assert from_left == bound_of(trained.eval(), Texts(texts), block_size=2).bits_per_token != plain
 
 
 def test_nothing_to_bound():

@@ -24,7 +24,7 @@ LENGTHS = [256, 100, 33, 32, 7, 1]
 
 
 def module_and_batch(
-    objective="ce", timesteps="band", patch_noise=0.5, conditions=True, self_conditioning=0.5, **options
+    objective="ce", timesteps="band", patch_noise=0.5, conditions=True, self_conditioning=0.5, block_size=0, **options
 ):
     """A module of random weights, and a function from sample indices to their batch."""
     model = tiny_model(CODEC, self_conditioning=self_conditioning > 0, **options)
@@ -37,6 +37,7 @@ def module_and_batch(
         patch_noise=patch_noise,
         condition_drop=0.2 if conditions else None,
         self_conditioning=self_conditioning,
+        block_size=block_size,
     )
     return module, lambda indices: maker(texts, indices, indices, epoch=0)
 
@@ -216,6 +217,18 @@ def test_progress_measures_the_samples_with_one_level():
     assert result["bound_tokens"] == sum(LENGTHS[i] for i in whole)
     assert float(result["bound_nats"]) == pytest.approx(float(elbo[whole].sum().detach()), rel=1e-5)
     assert result["slots"] == batch["mask"].numel()
+
+
+def test_progress_from_left_to_right():
+    """One level a block is the bound's path; patches with levels of their own within a block are not."""
+    module, batch_of = module_and_batch("ce", conditions=False, self_conditioning=0, patch_noise=0.5, block_size=2)
+    module.measure_bound = True
+    batch = batch_of(range(6))
+    whole = [0, 2, 4]
+    elbo = TrainingLoss(module.model, "elbo")(batch, per_patch=True)["loss"]
+    result = module(batch)
+    assert result["bound_tokens"] == sum(LENGTHS[i] for i in whole)
+    assert float(result["bound_nats"]) == pytest.approx(float(elbo[whole].sum().detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])

@@ -202,6 +202,33 @@ def test_self_conditioning_and_semantic_palette(corpus, tmp_path):
     assert main(["evaluate", "--checkpoint", str(tmp_path / "run"), "--data_path", str(corpus)]) == 0
 
 
+@pytest.mark.parametrize("condition", [[], ["--enable_condition"]])
+def test_blocks_from_left_to_right(corpus, tmp_path, condition, capsys):
+    """Trained, resumed on other ranks, evaluated and written block by block, and evaluated as one image too."""
+    data = corpus
+    if condition:
+        data = tmp_path / "pairs.jsonl"
+        rows = [{"prompt": f"count to {i}", "answer": " ".join(map(str, range(i % 20)))} for i in range(1, 60)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = small_flags(data, tmp_path / "run", "--block_size", 1, "--max_steps", 2, *condition)
+    train_in_ranks(2, flags)
+    train_in_ranks(1, ["--resume", "latest", "--output_dir", str(tmp_path / "run"), "--max_steps", "3"])
+    rows, whole = metrics(tmp_path / "run"), tmp_path / "whole.json"
+    assert len(rows) == 3 and all("bits_per_token" in row for row in rows)
+    evaluate = ["evaluate", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "step_00000003"), "--data_path"]
+    assert main([*evaluate, str(data), "--json", str(tmp_path / "blocks.json")]) == 0
+    assert main([*evaluate, str(data), "--block_size", "0", "--json", str(whole)]) == 0
+    blocks = json.loads((tmp_path / "blocks.json").read_text())["bits_per_token"]
+    assert blocks == pytest.approx(rows[-1]["val_bits_per_token"], rel=1e-6)
+    assert blocks != json.loads(whole.read_text())["bits_per_token"]
+    generate = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "count", "--num_inference_steps", "3"]
+    texts = []
+    for path in ([], ["--block_size", "0"], ["--block_size", "1"]):
+        assert main([*generate, *path, "--json", str(tmp_path / "texts.json")]) == 0
+        texts.append(json.loads((tmp_path / "texts.json").read_text()))
+    assert texts[0] == texts[2] != texts[1]
+
+
 def test_real_vocabulary(shared_tokenizers, corpus, tmp_path):
     flags = small_flags(corpus, tmp_path / "run", "--tokenizer_path", shared_tokenizers / "qwen3", "--max_steps", 2)
     printed = train_in_ranks(1, [*flags, "--num_samples", "1"])
