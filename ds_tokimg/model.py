@@ -301,11 +301,14 @@ class JiT(nn.Module):
         memory.valid = torch.cat([memory.valid, segment.valid], 1)
         return memory
 
-    def read(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
-        """Most likely tokens of a prediction: ids int64 [B, N, K], and bool [B, N, K]: the colour is no token."""
+    def read(self, prediction: Prediction, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens of a prediction: ids int64 [B, N, K], and bool [B, N, K]: the colour is no token.
+
+        chosen: indices of the candidates along the last axis of the logits; None: the most likely ones.
+        """
         if prediction.logits is None:
             return self.codec.nearest(prediction.clean.unflatten(-1, (self.slots, -1)))
-        chosen = prediction.logits.argmax(-1)
+        chosen = prediction.logits.argmax(-1) if chosen is None else chosen
         colours = self.head.colours(chosen).unflatten(-1, (self.slots, -1))
         return self.codec.nearest(colours)
 

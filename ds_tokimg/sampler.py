@@ -288,5 +288,7 @@ class _Walk:
         return (logits - exponential.log()).argmax(-1)
 
     def _last(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """Reads the tokens off the cleanest state."""
-        return self.model.read(self._predict(z, t))
+        """Reads the tokens off the cleanest state: `ancestral` draws them, the others take the most likely."""
+        prediction = self._predict(z, t)
+        is_drawn = self.options.sampler == "ancestral" and prediction.logits is not None
+        return self.model.read(prediction, self._choose(prediction.logits) if is_drawn else None)

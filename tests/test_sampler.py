@@ -53,6 +53,14 @@ def test_texts_from_left_to_right_come_with_their_frequencies(sampler, block_siz
     assert chi_square_p(rows, source) > 1e-3 and invalid == 0
 
 
+def test_one_step_a_token_is_exact_from_left_to_right():
+    """A block of one token needs no walk: its posterior at full noise is what it is drawn from."""
+    source = correlated_texts(4, 2)
+    model = ExactModel(TokenCodec(4), source)
+    rows, _ = sample(model, [2] * 1500, SamplingOptions(steps=1, block_size=1, batch_size=1500))
+    assert chi_square_p(rows, source) > 1e-3 and len(model.evaluations) == 2
+
+
 def given_second(sampler: str, patch_size: int):
     """The first of two tokens, the second given: sampled texts, and the frequencies to expect."""
     source = correlated_texts(4, 2)
