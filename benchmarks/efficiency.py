@@ -15,12 +15,12 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.timing import print_row, print_table, print_title, spread, take_turns  # noqa: E402
-from benchmarks.trainer import batch_of, engine_of  # noqa: E402
-from ds_tokimg.config import TrainConfig  # noqa: E402
-from ds_tokimg.flops import train_flops  # noqa: E402
+from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
+from benchmarks.trainer import batch_of, engine_of
+from ds_tokimg.config import TrainConfig
+from ds_tokimg.flops import train_flops
 
 SIZE = 2048  # of the square matrices that the step is compared with
 #        name, images a batch, tokens an image, target

@@ -13,14 +13,14 @@ from benchmarks.timing import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from ds_tokimg import ds_config  # noqa: E402
-from ds_tokimg.allocator import keep_freed_memory  # noqa: E402
-from ds_tokimg.batch import BatchMaker, PatchLayout  # noqa: E402
-from ds_tokimg.codec import TokenCodec  # noqa: E402
-from ds_tokimg.config import TrainConfig  # noqa: E402
-from ds_tokimg.engine import TrainEngine, init_distributed, machine_capabilities  # noqa: E402
-from ds_tokimg.loss import TrainingLoss  # noqa: E402
-from ds_tokimg.model import JiT  # noqa: E402
+from ds_tokimg import ds_config
+from ds_tokimg.allocator import keep_freed_memory
+from ds_tokimg.batch import BatchMaker, PatchLayout
+from ds_tokimg.codec import TokenCodec
+from ds_tokimg.config import TrainConfig
+from ds_tokimg.engine import TrainEngine, init_distributed, machine_capabilities
+from ds_tokimg.loss import TrainingLoss
+from ds_tokimg.model import JiT
 
 
 class Texts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class Parts:
     def steps_per_epoch(self, train_batch_size: int) -> int:
         return steps_per_epoch(len(self.train_set), train_batch_size)
 
-    @property
+    @cached_property
     def unigram_entropy(self) -> float:
         """Bits per token of the training tokens, each alone: what a model without context could reach."""
         counts = self.train_set.token_counts().astype(float)
@@ -160,7 +161,16 @@ def _module(config: TrainConfig, codec: TokenCodec, start) -> TrainingLoss:
         raise UserError(str(error)) from None
     if start is not None:
         _load_initial(model, start, config.init_from)
+    if config.compile:
+        _compile(model)
     return TrainingLoss(model, config.objective, config.timesteps)
+
+
+def _compile(model: JiT) -> None:
+    """Each block on its own, when it is first called: they share one piece of code, whatever their number. It is made
+    for all batch sizes and lengths, as batches are formed by length."""
+    for block in model.blocks:
+        block.compile(dynamic=True)
 
 
 def _load_initial(model: JiT, start, source: str) -> None:
