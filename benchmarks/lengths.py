@@ -30,6 +30,7 @@ from ds_tokimg.tokenizer import train_tokenizer
 
 LENGTHS = (100, 200, 400, 1000, 2000, 4096)
 BATCH = 32
+SLOTS = 16  # tokens a patch of 4 x 4
 SHORT, LONG, TARGET = 200, 4096, 15
 
 
@@ -68,24 +69,26 @@ def print_times(repetitions: int) -> None:
 
 def print_padding(paths: list[Path]) -> None:
     print("## Patches computed that hold tokens, an epoch of batches of 32, one text an image\n")
-    print_table("texts", "tokens a text, median (to the longest)", "by length", "as they come", "target")
+    head = ("texts", "tokens a text, median (to the longest)", "by length", "target", "as they come")
+    print_table(*head, "by length, of the slots for tokens in them")
     for path in paths:
         tokenizer = train_tokenizer(read_texts(path), 1024)
         with tempfile.TemporaryDirectory() as folder:
             data = TokenImageDataset(path, tokenizer, packing=False, cache_dir=folder)
-            shares = [share_of_valid_patches(data.lengths, bucket) for bucket in (True, False)]
+            (patches, slots), (unsorted, _) = (valid_shares(data.lengths, bucket) for bucket in (True, False))
         texts = f"{path.name}, {len(data):,} images"
         lengths = f"{median(data.lengths):.0f} ({data.lengths.max():,})"
-        print_row(texts, lengths, f"{shares[0]:.1%}", f"{shares[1]:.1%}", "≥ 90 %")
+        print_row(texts, lengths, f"{patches:.1%}", "≥ 90 %", f"{unsorted:.1%}", f"{slots:.1%}")
     print()
 
 
-def share_of_valid_patches(lengths: np.ndarray, bucket: bool) -> float:
-    """Of all patches of an epoch's batches, each as wide as its longest text (4 x 4 tokens a patch)."""
-    patches = -(-lengths.astype(np.int64) // 16)
+def valid_shares(lengths: np.ndarray, bucket: bool) -> tuple[float, float]:
+    """Of the patches of an epoch's batches, each as wide as its longest text, and of their slots: what holds tokens."""
+    patches = -(-lengths.astype(np.int64) // SLOTS)
     batches = TrainBatchSampler(lengths, BATCH, seed=0, bucket=bucket).batches(0)
     computed = sum(patches[batch].max() * len(batch) for batch in batches)
-    return sum(patches[batch].sum() for batch in batches) / computed
+    valid, tokens = (sum(values[batch].sum() for batch in batches) for values in (patches, lengths))
+    return valid / computed, tokens / (computed * SLOTS)
 
 
 @torch.no_grad()

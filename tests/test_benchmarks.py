@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.lengths import share_of_valid_patches
+from benchmarks.lengths import valid_shares
 from benchmarks.timing import ratios, spread, take_turns
 from ds_tokimg.config import TrainConfig
 from tests.distributed import run_ranks
@@ -57,12 +57,12 @@ def test_the_plain_loop_trains_as_the_engine():
     assert plain[0] != plain[1]
 
 
-def test_share_of_valid_patches():
-    assert share_of_valid_patches(np.full(64, 100), bucket=True) == 1.0
-    # Half of the texts take one patch and half take four; apart, nothing is padded.
-    mixed = np.array([16, 64] * 32)
-    assert share_of_valid_patches(mixed, bucket=True) == 1.0
-    assert share_of_valid_patches(mixed, bucket=False) == pytest.approx(2.5 / 4)
+def test_shares_that_are_valid():
+    assert valid_shares(np.full(64, 112), bucket=True) == (1.0, 1.0)
+    # Half of the texts take one patch, of which they leave a quarter, and half take four; apart, none is padding.
+    mixed = np.array([12, 64] * 32)
+    assert valid_shares(mixed, bucket=True) == (1.0, 38 / 40)
+    assert valid_shares(mixed, bucket=False) == (2.5 / 4, 38 / 64)
 
 
 @pytest.mark.slow
