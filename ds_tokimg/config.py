@@ -86,7 +86,7 @@ class TrainConfig:
     head: str = _model("posterior", "digit posteriors, or plain linear output", ("posterior", "linear"))
     posterior: str = _model("auto", "what the posterior head is over", ("auto", "digits", "tokens"))
     activation_checkpointing: bool = _model(False, "recompute activations: less memory, more time")
-    compile: bool = _model(False, "compile the model with torch.compile")
+    compile: bool = _model(False, "compile the blocks: faster steps, a slow start (a CPU needs a C++ compiler)")
 
     objective: str = _objective("ce", "cross-entropy, squared error or weighted bound", ("ce", "mse", "elbo"))
     timesteps: str = _objective("band", "where noise levels lie", ("band", "uniform", "logit_normal"))

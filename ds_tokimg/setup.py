@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +41,7 @@ class Parts:
     def steps_per_epoch(self, train_batch_size: int) -> int:
         return steps_per_epoch(len(self.train_set), train_batch_size)
 
-    @property
+    @cached_property
     def unigram_entropy(self) -> float:
         """Bits per token of the training tokens, each alone: what a model without context could reach."""
         counts = self.train_set.token_counts().astype(float)
@@ -63,7 +66,7 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
         answers = train_set.lengths[train_set.prompt_lengths > 0]
         canvas = int(layout.num_patches([answers.max(initial=1)])[0])
         text_format = TextFormat.of_run(config, tokenizer, canvas)
-    module = _module(config, layout.codec, start)
+    module = _module(config, layout.codec, start, dist.device)
     maker = BatchMaker(
         layout,
         module.timesteps,
@@ -142,7 +145,7 @@ def _with_palette(layout: PatchLayout, train_set, dist, resumed: Path | None) ->
     return PatchLayout(codec, layout.img_size, layout.patch_size, layout.layout)
 
 
-def _module(config: TrainConfig, codec: TokenCodec, start) -> TrainingLoss:
+def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device) -> TrainingLoss:
     """Model and objective with the run's initial weights, the same on every rank."""
     torch.manual_seed(config.seed)
     try:
@@ -161,7 +164,19 @@ def _module(config: TrainConfig, codec: TokenCodec, start) -> TrainingLoss:
         raise UserError(str(error)) from None
     if start is not None:
         _load_initial(model, start, config.init_from)
+    if config.compile:
+        _compile(model, device)
     return TrainingLoss(model, config.objective, config.timesteps)
+
+
+def _compile(model: JiT, device: torch.device) -> None:
+    """Each block on its own, when it is first called: they share one piece of code, whatever their number. It is made
+    for all batch sizes and lengths, as batches are formed by length."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler on a CPU, and there is no {compiler}: install it or set CXX")
+    for block in model.blocks:
+        block.compile(dynamic=True)
 
 
 def _load_initial(model: JiT, start, source: str) -> None:

@@ -9,6 +9,7 @@ from torch.distributions import Categorical
 from ds_tokimg.batch import BatchMaker
 from ds_tokimg.codec import TokenCodec
 from ds_tokimg.diffusion import add_noise_to_timestep
+from ds_tokimg.loader import TrainBatchSampler
 from ds_tokimg.loss import OBJECTIVES, TrainingLoss, masked_loss
 from tests.tiny import layout_of, random_texts, tiny_model
 
@@ -137,6 +138,27 @@ def test_micro_batches_sum_to_the_whole(objective, head):
     assert sum(int(s["valid_tokens"]) for s in sums) == int(result["valid_tokens"]) == sum(LENGTHS)
     difference = gradients(module) - expected
     assert difference.norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_batches_by_length_have_the_loss_of_texts_alone(bucket):
+    """Whatever texts a batch is made of, each adds to the loss what it does unpadded."""
+    lengths = np.random.default_rng(3).integers(1, 250, 24)
+    model = tiny_model(CODEC)
+    module, texts = TrainingLoss(model), random_texts(CODEC.vocab_size, lengths)
+    maker = BatchMaker(layout_of(model), module.timesteps, seed=0, patch_noise=0.5)
+    batches = TrainBatchSampler(lengths, 6, seed=0, bucket=bucket).batches(0)
+    positions = np.arange(24).reshape(4, 6)
+    together, alone, patches = [], [], 0
+    for indices, places in zip(batches, positions, strict=True):
+        batch = maker(texts, indices, places, 0)
+        patches += batch["mask"].shape[0] * batch["mask"].shape[1]
+        together.append(module(batch)["loss_sum"])
+        each = (maker(texts, indices[i : i + 1], places[i : i + 1], 0) for i in range(6))
+        alone.append(sum(module(one)["loss_sum"] for one in each))
+    torch.testing.assert_close(torch.stack(together), torch.stack(alone), rtol=1e-5, atol=0)
+    needed = int(layout_of(model).num_patches(lengths).sum())
+    assert needed < patches and (patches < 1.4 * needed) == bucket
 
 
 @pytest.mark.parametrize(("objective", "head"), KINDS)

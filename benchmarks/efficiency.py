@@ -1,0 +1,62 @@
+"""Which share of the machine's rate on large matrix products the training step reaches.
+
+    python benchmarks/efficiency.py [--model JiT-B/4] [--batch 4] [--tokens 4096] > benchmarks/efficiency.md
+
+Both rates are measured in one process, taking turns. The step is the trainer's own (DeepSpeed engine, stage 0, fp32,
+AdamW, clipping, one moving average) on full images. Its operations are those of `ds_tokimg.flops`: the matrix products
+of the model's definition, 2 per multiply-add, forward plus backward; nothing that an implementation adds to them, and
+nothing for norms, softmax or the optimiser.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
+from benchmarks.trainer import batch_of, engine_of
+from ds_tokimg.config import TrainConfig
+from ds_tokimg.flops import train_flops
+
+SIZE = 2048  # of the square matrices that the step is compared with
+#        name, images a batch, tokens an image, target
+MODELS = (("JiT-B/4", 4, 4096, 0.8), ("JiT-XS/2", 16, 256, 0.5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="one model instead of the two with a target")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=9)
+    args = parser.parse_args()
+    print_title("Matrix products: the share of the machine's rate that a training step reaches")
+    print_table("model", "images × tokens", "GFLOP a step", "GFLOP/s in products", "in the step", "share", "target")
+    for model in [(args.model, args.batch, args.tokens, None)] if args.model else MODELS:
+        print_share(*model, args.repetitions)
+
+
+def print_share(name: str, batch: int, tokens: int, target: float | None, repetitions: int) -> None:
+    config = TrainConfig(data_path="-", model=name, batch_size=batch)
+    engine = engine_of(config)
+    micro_batch = batch_of(engine.module, config, [tokens] * batch)
+    flops = train_flops(engine.module.model, micro_batch)
+    left, right, result = (torch.randn(SIZE, SIZE) for _ in range(3))
+    rivals = {
+        "products": lambda: torch.mm(left, right, out=result),
+        "step": lambda: engine.train_batch([micro_batch]),
+    }
+    seconds = take_turns(rivals, repetitions, warm_up=2)
+    products = [2 * SIZE**3 / s / 1e9 for s in seconds["products"]]
+    step = [flops / s / 1e9 for s in seconds["step"]]
+    share = [rate / median(products) for rate in step]
+    cells = (f"{flops / 1e9:.0f}", spread(products, 0), spread(step, 0), spread(share), target or "")
+    print_row(name, f"{batch} × {tokens:,}", *cells)
+
+
+if __name__ == "__main__":
+    main()

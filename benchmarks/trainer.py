@@ -1,0 +1,78 @@
+"""The trainer as the benchmarks drive it: an engine as the shipped JSON makes it, and batches of random texts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from benchmarks.timing import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from ds_tokimg import ds_config
+from ds_tokimg.allocator import keep_freed_memory
+from ds_tokimg.batch import BatchMaker, PatchLayout
+from ds_tokimg.codec import TokenCodec
+from ds_tokimg.config import TrainConfig
+from ds_tokimg.engine import TrainEngine, init_distributed, machine_capabilities
+from ds_tokimg.loss import TrainingLoss
+from ds_tokimg.model import JiT
+
+
+class Texts:
+    """Random tokens in the shape of a data set without prompts."""
+
+    def __init__(self, vocab_size: int, lengths: Sequence[int]):
+        rng = np.random.default_rng(0)
+        self.lengths = np.asarray(lengths, dtype=np.int32)
+        self.texts = [rng.integers(0, vocab_size, n) for n in lengths]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def ids(self, index: int) -> np.ndarray:
+        return self.texts[index]
+
+
+@lru_cache(maxsize=1)
+def join():
+    """The process group of one rank, in a process that keeps its memory as `train` does."""
+    keep_freed_memory()
+    return init_distributed()
+
+
+def settings_of(config: TrainConfig, **blocks) -> dict:
+    """The shipped JSON, resolved as for a run of 1,000 steps without TensorBoard; `blocks` replace its entries."""
+    raw = ds_config.read(ds_config.SHIPPED) | {"tensorboard": {"enabled": False}} | blocks
+    return ds_config.resolve(raw, config, machine_capabilities(), lambda train_batch_size: 1000)[0]
+
+
+def module_of(config: TrainConfig) -> TrainingLoss:
+    """Model and objective with random weights, for random texts of the config's vocabulary."""
+    torch.manual_seed(0)
+    codec = TokenCodec(config.vocab_size, config.token_size)
+    options = {"activation_checkpointing": config.activation_checkpointing, "posterior": config.posterior}
+    model = JiT.from_name(config.model, codec, config.img_size, **options)
+    return TrainingLoss(model, config.objective, config.timesteps)
+
+
+def engine_of(config: TrainConfig, **blocks) -> TrainEngine:
+    """The engine of a run on this machine; see `settings_of`."""
+    dist = join()
+    return TrainEngine(module_of(config), settings_of(config, **blocks), config.ema_decay, dist)
+
+
+def maker_of(module: TrainingLoss, config: TrainConfig) -> BatchMaker:
+    model = module.model
+    layout = PatchLayout(model.codec, model.config.img_size, model.config.patch_size, model.config.layout)
+    return BatchMaker(layout, module.timesteps, config.seed, patch_noise=config.patch_noise)
+
+
+def batch_of(module: TrainingLoss, config: TrainConfig, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """One micro-batch of random texts of these lengths, as the loader makes them."""
+    texts, indices = Texts(module.model.codec.vocab_size, lengths), np.arange(len(lengths))
+    return maker_of(module, config)(texts, indices, indices, epoch=0)

@@ -1,0 +1,76 @@
+"""The benchmarks compare like with like, and every script runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.lengths import valid_shares
+from benchmarks.timing import ratios, spread, take_turns
+from ds_tokimg.config import TrainConfig
+from tests.distributed import run_ranks
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {
+    "efficiency.py": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
+    "overhead.py": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
+    "lengths.py": "--repetitions 1 --data_path {text}",
+    "precision.py": "--model JiT-XS/8 --images 16 --repetitions 1",
+    "startup.py": "--repetitions 1 --data_path {text}",
+    "growth.py": "--parts corpus --megabytes 0.1 0.2",
+    "data.py": "--megabytes 0.2 --repetitions 1",
+}
+
+
+def test_rivals_take_turns_and_their_first_rounds_do_not_count():
+    calls, now = [], [0.0]
+
+    def rival(name, duration):
+        calls.append(name)
+        now[0] += duration
+
+    rivals = {"a": lambda: rival("a", 2.0), "b": lambda: rival("b", 3.0)}
+    seconds = take_turns(rivals, repetitions=3, warm_up=1, clock=lambda: now[0])
+    assert calls == ["a", "b"] * 4
+    assert seconds == {"a": [2.0] * 3, "b": [3.0] * 3}
+    assert ratios(seconds["b"], seconds["a"]) == [1.5] * 3
+    assert spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0 to 3.0)"
+
+
+def _losses(dist) -> tuple[list[float], list[float]]:
+    from benchmarks.overhead import PlainLoop
+    from benchmarks.trainer import batch_of, engine_of
+
+    config = TrainConfig(data_path="-", model="JiT-XS/8", batch_size=2, max_grad_norm=0.1)
+    plain, engine = PlainLoop(config), engine_of(config)
+    batch = batch_of(plain.module, config, [64, 40])
+    for group in plain.optimizer.param_groups:
+        group["lr"] = engine.lr
+    return [plain.step(batch) for _ in range(2)], [engine.train_batch([batch]).loss for _ in range(2)]
+
+
+def test_the_plain_loop_trains_as_the_engine():
+    plain, engine = run_ranks(1, _losses)[0]
+    assert plain == pytest.approx(engine, rel=1e-5)
+    assert plain[0] != plain[1]
+
+
+def test_shares_that_are_valid():
+    assert valid_shares(np.full(64, 112), bucket=True) == (1.0, 1.0)
+    # Half of the texts take one patch, of which they leave a quarter, and half take four; apart, none is padding.
+    mixed = np.array([12, 64] * 32)
+    assert valid_shares(mixed, bucket=True) == (1.0, 38 / 40)
+    assert valid_shares(mixed, bucket=False) == (2.5 / 4, 38 / 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_prints_its_tables(script, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join((ROOT / "data" / "web_narrative.txt").read_text().splitlines(keepends=True)[:200]))
+    flags = SCRIPTS[script].format(text=text).split()
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# ") and "|---|" in done.stdout
