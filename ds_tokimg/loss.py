@@ -117,7 +117,9 @@ class TrainingLoss(nn.Module):
         sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
         sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
         if self.measure_bound:
-            whole = (target.t == target.t[:, :1]).all(1)[:, None, None] & mask
+            # Padding's levels do not count, or the width of a micro-batch would decide which samples do.
+            padding = ~mask.any(-1)  # [B, N]
+            whole = ((target.t == target.t[:, :1]) | padding).all(1)[:, None, None] & mask
             sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
             sums["bound_tokens"] = whole.sum()
         return sums
