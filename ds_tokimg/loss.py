@@ -126,10 +126,13 @@ class TrainingLoss(nn.Module):
 
     def _follows_the_path(self, t: Tensor, batch) -> Tensor:
         """Samples whose patches have one noise level, or one a block, as the bound's path asks for: bool [B]."""
-        if "blocks" not in batch:
-            return (t == t[:, :1]).all(1)
-        first_of_block = torch.searchsorted(batch["blocks"], batch["blocks"])
-        return (t == t[:, first_of_block]).all(1)
+        first = torch.zeros_like(batch["mask"][0, :, 0], dtype=torch.int64)  # [N], the first patch of each one's block
+        if "blocks" in batch:
+            first = torch.searchsorted(batch["blocks"], batch["blocks"])
+        # Padding's levels do not count, or the width of a micro-batch would decide which samples do.
+        padding = ~batch["mask"].any(-1)  # [B, N]
+        t = t.expand(padding.shape)
+        return ((t == t[:, first]) | padding).all(1)
 
     def _first_pass(self, batch, noisy, seen: dict) -> Tensor | None:
         """Self-conditioning (Chen et al., "Analog bits", 2022): what the model itself predicts at first, for the

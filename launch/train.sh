@@ -9,9 +9,13 @@ source launch/setup.sh
 if ! command -v nvidia-smi >/dev/null; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} RANKS=${RANKS:-1}
 fi
-exec deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} --module ds_tokimg train \
+deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} --module ds_tokimg train \
     --data_path data/web_narrative.txt \
     --model JiT-XS/2 --max_tokens 256 --epochs 4 --lr 3e-3 --train_batch_size 16 \
     --eval_interval 200 --save_interval 200 \
     --output_dir "runs/$(date +%Y%m%d-%H%M%S)" \
-    "$@"
+    "$@" &
+# On SIGTERM the launcher would leave its ranks behind: hand it to the process that it started for them, and they save.
+launcher=$!
+trap 'kill -TERM $(</proc/$launcher/task/$launcher/children) || true; wait $launcher' TERM INT
+wait $launcher

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 from tests.distributed import run_ranks
 
+ROOT = Path(__file__).parent.parent
 WORDS = "the cat sat on a mat and the dog ran to the old house by the sea where it slept all day long".split()
 
 
@@ -20,6 +22,16 @@ def write_corpus(folder: Path, documents: int = 400) -> Path:
     path = folder / "corpus.txt"
     path.write_text("".join(f"{line} {i}\n" for i, line in enumerate(lines)), encoding="utf-8")
     return path
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the project's files, without tests, in which launch scripts may write: folder/ds_tokimg."""
+    project = folder / "ds_tokimg"
+    project.mkdir()
+    for name in ("ds_tokimg", "launch", "data", "ds_config.json", "requirements.txt", "requirements-dev.txt"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, project / name)
+    return project
 
 
 def small_flags(data_path, output_dir, *more) -> list[str]:

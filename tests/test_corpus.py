@@ -110,7 +110,7 @@ def test_bad_record_in_a_worker_is_a_user_error_and_leaves_nothing(tokenizer, tm
     path = tmp_path / "data.jsonl"
     path.write_text('"fine"\n' * 900 + "{}\n")
     for workers in (1, 2):
-        with pytest.raises(UserError, match=r"data\.jsonl:901: a record is a string"):
+        with pytest.raises(UserError, match=r"data\.jsonl, line 901: a record is a string"):
             load_corpus(path, tokenizer, cache_dir=tmp_path / "cache", num_proc=workers)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
 

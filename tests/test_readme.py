@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import metrics
+from tests.runs import ROOT, copy_project, metrics
 
-ROOT = Path(__file__).parent.parent
 # What makes a training run of the README short; everything else is as written there.
 SHORT = "--max_steps 2 --eval_fraction 0.002 --num_samples 1 --train_batch_size 2 --max_tokens 64"
 TRAINING = re.compile(r"ds_tokimg train|launch/train\.sh")
@@ -21,13 +19,8 @@ TRAINING = re.compile(r"ds_tokimg train|launch/train\.sh")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A copy of the project's files, without tests, in which runs may be written."""
-    folder = tmp_path_factory.mktemp("readme") / "ds_tokimg"
-    folder.mkdir()
-    for name in ("ds_tokimg", "launch", "data", "ds_config.json", "requirements.txt", "requirements-dev.txt"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
-    return folder
+    """A copy of the project, in which runs may be written."""
+    return copy_project(tmp_path_factory.mktemp("readme"))
 
 
 @pytest.fixture(scope="module")
