@@ -26,10 +26,10 @@ from benchmarks.references import Autoregressive, MaskedDiffusion, bits  # noqa:
 from ds_tokimg.allocator import keep_freed_memory  # noqa: E402
 from ds_tokimg.config import TrainConfig  # noqa: E402
 from ds_tokimg.evaluate import bound_of  # noqa: E402
-from ds_tokimg.forecast import _OnlyRank  # noqa: E402
 from ds_tokimg.loader import TrainBatchSampler  # noqa: E402
 from ds_tokimg.model import SIZES  # noqa: E402
 from ds_tokimg.optimizer import build_optimizer  # noqa: E402
+from ds_tokimg.ranks import OnlyRank  # noqa: E402
 from ds_tokimg.setup import assemble  # noqa: E402
 
 # The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
@@ -127,7 +127,7 @@ def prepare(arguments):
     settings = RECIPE | SYSTEMS[arguments.system] | {k: v for k, v in extra.items() if k in fields}
     config = TrainConfig(data_path=arguments.corpus, seed=arguments.seed, **settings)
     config.validate()
-    parts = assemble(config, _OnlyRank(), None)
+    parts = assemble(config, OnlyRank(), None)
     torch.manual_seed(arguments.seed)
     kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
     if arguments.system in kinds:

@@ -20,6 +20,7 @@ from ds_tokimg.memory import (
     largest_micro_batch,
     rank_memory,
 )
+from ds_tokimg.ranks import OnlyRank
 from ds_tokimg.setup import Parts, assemble
 
 WORLD_SIZES = tuple(2**power for power in range(11))  # 1 ... 1024
@@ -29,13 +30,6 @@ PADDING_SAMPLES = 2000
 FEW, MANY = 4, 8
 
 
-class _OnlyRank:
-    """Stands for the process group where there is one process."""
-
-    def on_first_rank(self, action):
-        return action()
-
-
 def make_plan(config: TrainConfig, raw: dict, machine: ds_config.Machine, budget: float | None = None) -> dict:
     """The whole plan as JSON values. Memory is in bytes per rank, tokens and steps are counts.
 
@@ -43,10 +37,10 @@ def make_plan(config: TrainConfig, raw: dict, machine: ds_config.Machine, budget
 
     Raises UserError for everything that would keep the run from starting.
     """
-    # Which colours the tokens get changes no size, and learning them takes time.
-    config = dataclasses.replace(config, palette="id")
+    # Which colours the tokens get changes no size, and learning them takes time, as does compiling.
+    config = dataclasses.replace(config, palette="id", compile=False)
     with empty_weights():
-        parts = assemble(config, _OnlyRank(), None)
+        parts = assemble(config, OnlyRank(), None)
     settings, notes = ds_config.resolve(raw, config, machine, parts.steps_per_epoch)
     footprint = _footprint(config, parts, settings, machine)
     return {

@@ -101,6 +101,15 @@ class Dist:
         return tensor
 
 
+class OnlyRank:
+    """Stands for the process group where there is one process and no engine."""
+
+    device = torch.device("cpu")
+
+    def on_first_rank(self, action: Callable):
+        return action()
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on just now."""
     with socket.socket() as probe:

@@ -14,6 +14,7 @@ from ds_tokimg.__main__ import main
 from ds_tokimg.config import TrainConfig, UserError
 from ds_tokimg.ds_config import SHIPPED, Machine, read
 from ds_tokimg.memory import Footprint, largest_micro_batch, rank_memory
+from ds_tokimg.ranks import OnlyRank
 from ds_tokimg.setup import assemble
 from tests.runs import metrics, small_flags, train_in_ranks, write_corpus
 
@@ -58,7 +59,7 @@ def test_the_batch_and_the_schedule(shipped_plan, corpus):
 
 
 def test_parameters_are_those_of_the_model(shipped_plan, corpus):
-    module = assemble(settings(corpus), forecast._OnlyRank(), None).module
+    module = assemble(settings(corpus), OnlyRank(), None).module
     assert shipped_plan["model"]["parameters"] == sum(p.numel() for p in module.parameters())
 
 
@@ -80,7 +81,7 @@ def test_a_run_does_what_was_planned(corpus, tmp_path):
 def test_padding_is_that_of_the_batches(corpus):
     config = settings(corpus, "--no_packing", "--batch_size", 1)
     report = forecast.make_plan(config, read(SHIPPED), CPU)
-    parts = assemble(config, forecast._OnlyRank(), None)
+    parts = assemble(config, OnlyRank(), None)
     # One text a micro-batch: only the rest of a text's last patch is padding, 16 tokens a patch.
     lengths = torch.from_numpy(parts.train_set.lengths).float()
     assert report["settings"]["gradient_accumulation_steps"] == 8
