@@ -128,7 +128,8 @@ def test_a_lost_host_ends_the_run_and_the_other_resumes_it_alone(launcher, hosts
     wait_for_the_end(hosts, ["node1"])
     step = saved(run)
     assert LOST_AT <= step < STEPS
-    resume = hosts.start("node1", f"python -m ds_tokimg train --resume latest --output_dir {run}", project, environment)
+    command = f"python -m ds_tokimg train --resume latest --output_dir {run} --max_steps {STEPS}"
+    resume = hosts.start("node1", command, project, environment)
     code, printed = end_of(resume, 120)
     assert code == 0 and re.search(rf"step_0*{step}\b.* was written by 2 ranks.*this run has 1 rank", printed), printed
     rows = learned(metrics(run))
