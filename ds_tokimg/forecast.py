@@ -145,7 +145,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: ds_co
     optimizer = settings["optimizer"]
     parameters = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
     parts.module.measure_bound = True  # as in the steps that are logged, which need the most
-    small, large = (_longest_batch(parts, samples) for samples in (FEW, MANY))
+    small, large = (longest_batch(parts, samples) for samples in (FEW, MANY))
     fixed, per_sample = activation_bytes(parts.module, small, large, _precision(settings))
     return Footprint(
         parameters=parameters,
@@ -159,7 +159,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: ds_co
     )
 
 
-def _longest_batch(parts: Parts, samples: int) -> dict:
+def longest_batch(parts: Parts, samples: int) -> dict:
     """A micro-batch of the samples with the most patches, conditions included."""
     train_set, layout = parts.train_set, parts.layout
     patches = layout.num_patches(train_set.lengths) + layout.num_patches(train_set.prompt_lengths)

@@ -1,0 +1,126 @@
+"""Resident memory of real training steps beside what `plan` foretells, per rank.
+
+    python benchmarks/memory.py > benchmarks/memory.md
+
+Every case is a fresh set of ranks (gloo) that take three steps on the micro-batch of the longest texts, with which the
+plan counts. Measured is the peak of a rank's resident memory minus what it held before the engine was made, plus the
+weights that were there already. Takes about ten minutes on one core and at most 8 GB.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from ds_tokimg import ds_config  # noqa: E402
+from ds_tokimg.config import TrainConfig  # noqa: E402
+from tests.distributed import run_ranks  # noqa: E402
+
+STEPS = 3
+STAGES = (0, 1, 2, 3)
+DATA = ROOT / "data" / "web_narrative.txt"
+PARTS = ("weights", "gradients", "optimizer", "averages", "buffers", "workspace", "activations")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--skip_large", action="store_true", help="leave JiT-B/4 out")
+    args = parser.parse_args()
+    print_head()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = folder
+        for ranks in args.ranks:
+            print_table(f"JiT-S/4, 1,024 tokens an image, {ranks} rank(s)", ranks, flags("JiT-S/4", 1024, 2 * ranks))
+        if not args.skip_large:
+            for extra in ([], ["--activation_checkpointing"]):
+                title = "JiT-B/4, 4,096 tokens an image, 1 rank" + (", activation checkpointing" if extra else "")
+                print_table(title, 1, flags("JiT-B/4", 4096, 2) + extra)
+
+
+def flags(model: str, max_tokens: int, train_batch_size: int) -> list[str]:
+    return (
+        f"--data_path {DATA} --model {model} --max_tokens {max_tokens} --train_batch_size {train_batch_size} "
+        "--vocab_size 4096 --palette id"
+    ).split()
+
+
+def print_head() -> None:
+    cores = len(os.sched_getaffinity(0))
+    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    print("# Memory\n")
+    print(f"`python benchmarks/memory.py`, {date.today()}, commit {commit.strip()}, {model}, {cores} core(s), ", end="")
+    print(f"Python {platform.python_version()}, fp32 on gloo, micro-batch 2, one averaged copy of the weights.\n")
+    print(
+        "MB per rank. Predicted is the plan's total: states + the larger of (activations + buffers, workspace); ",
+        end="",
+    )
+    print("measured is the peak resident memory of the rank that needed most, without libraries and data.")
+
+
+def print_table(title: str, ranks: int, arguments: list[str]) -> None:
+    plan = run_ranks(1, forecast, arguments, ranks, timeout=300)[0]
+    print(f"\n## {title}\n\n{plan['model']['parameters'] / 1e6:.1f} M parameters\n")
+    print(f"| ZeRO stage | {' | '.join(PARTS)} | predicted | measured | measured / predicted |")
+    print("|---" * (len(PARTS) + 4) + "|")
+    for row in plan["memory"]["stages"]:
+        measured = max(run_ranks(ranks, measure, arguments, row["stage"], timeout=600))
+        cells = [row[part] / 1e6 for part in PARTS] + [row["total"] / 1e6, measured / 1e6]
+        numbers = " | ".join(f"{cell:,.0f}" for cell in cells)
+        print(f"| {row['stage']} | {numbers} | {measured / row['total']:.2f} |", flush=True)
+
+
+def settings_of(stage: int) -> dict:
+    """The shipped JSON at a ZeRO stage."""
+    return json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
+
+
+def forecast(dist, arguments: list[str], ranks: int) -> dict:
+    """The plan of a run of this many ranks."""
+    from ds_tokimg.forecast import make_plan
+
+    machine = ds_config.Machine(ranks, "cpu", bf16=False, fp16=False)
+    return make_plan(TrainConfig.from_args(arguments), settings_of(0), machine)
+
+
+def measure(dist, arguments: list[str], stage: int) -> int:
+    """Bytes that this rank needs for training at a ZeRO stage."""
+    from ds_tokimg.allocator import keep_freed_memory
+    from ds_tokimg.engine import TrainEngine, machine_capabilities
+    from ds_tokimg.forecast import longest_batch
+    from ds_tokimg.setup import assemble
+
+    keep_freed_memory()
+    config = TrainConfig.from_args(arguments)
+    parts = assemble(config, dist, None)
+    settings, _ = ds_config.resolve(settings_of(stage), config, machine_capabilities(), parts.steps_per_epoch)
+    batch = longest_batch(parts, settings["train_micro_batch_size_per_gpu"])
+    weights = sum(p.numel() * p.element_size() for p in parts.module.parameters())
+    before = resident("VmRSS") - weights
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
+    parts.module.measure_bound = True  # as in the steps that are logged
+    for _ in range(STEPS):
+        engine.train_batch([batch])
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Bytes, by its name in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+if __name__ == "__main__":
+    main()
