@@ -53,8 +53,8 @@ def test_operations_are_what_torch_counts(options):
 def test_operations_of_a_posterior_over_tokens_leave_out_the_matched_filter():
     module, batch = module_and_batch(posterior="tokens")
     evidence = CODEC.digits_per_token + 1
-    # Input forward and, recomputed, backward; in the loss with the bias as one more column.
-    columns = 2 * evidence + evidence + 1
+    # Input forward and, recomputed, backward; in the loss the bias as one more column, and as one of its gradient.
+    columns = 2 * evidence + evidence + 1 + 1
     matched_filter = 2 * batch["ids"].numel() * CODEC.vocab_size * columns
     assert train_flops(module.model, batch) + matched_filter == seen_by_torch(module, batch)
 
