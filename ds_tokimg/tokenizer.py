@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -112,23 +112,24 @@ def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tupl
     spelt out as plain characters, so that no document can forge the end of a text; chat templates need True.
     """
     encode_batch = _batch_encoder(tokenizer, parse_special)
-    values, lengths = [], []
+    values, lengths = array("i"), array("q")
     for batch in _batches(texts):
-        ids = encode_batch(batch)
-        lengths.extend(map(len, ids))
-        values.append(np.fromiter(itertools.chain.from_iterable(ids), np.int32))
-    return np.concatenate(values or [np.zeros(0, np.int32)]), np.array(lengths, dtype=np.int64)
+        # One text at a time: Python's integers are gone again before they fall out of the CPU's cache.
+        for ids in encode_batch(batch):
+            values.fromlist(ids)
+            lengths.append(len(ids))
+    return np.array(values, dtype=np.int32), np.array(lengths, dtype=np.int64)
 
 
 def _batch_encoder(tokenizer, parse_special: bool):
-    """A function list of texts -> list of lists of ids."""
+    """A function list of texts -> lists of ids, made when they are asked for."""
     backend = _backend(tokenizer)
     if backend is None:
         return lambda batch: tokenizer(batch, add_special_tokens=False, split_special_tokens=not parse_special)[
             "input_ids"
         ]
     backend.encode_special_tokens = not parse_special
-    return lambda batch: [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
+    return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
 
 
 def _backend(tokenizer):
