@@ -28,15 +28,17 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from ds_tokimg.ds_config import CPU_BUCKET_SIZE  # noqa: E402
+from ds_tokimg.memory import REDUCE_BUCKET_SIZE  # noqa: E402
 from tests.distributed import run_ranks  # noqa: E402
 
 RANKS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 MANY = tuple(2**power for power in range(11))  # 1 ... 1024
-WARM_UP, STEPS = 2, 5
+WARM_UP, STEPS = 2, 7
 FLAGS = "--model JiT-S/4 --max_tokens 512 --vocab_size 4096 --palette id --patch_noise 0".split()
-MICRO_BATCH = 4
+MICRO_BATCH, LARGE_MICRO_BATCH = 4, 64
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor")
-COLLECTIVES += ("reduce_scatter_tensor", "all_gather_into_tensor_coalesced", "reduce_scatter")
+COLLECTIVES += ("reduce_scatter_tensor", "reduce_scatter")
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8a5fbf")  # of the stages
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     cluster = {"rate": args.teraflops * 1e12, "bandwidth": args.gigabytes * 1e9, "latency": args.microseconds * 1e-6}
     curves = {
         "one core a rank, gloo": {stage: here(stage, cases, links) for stage in STAGES},
-        "a cluster": {stage: elsewhere(stage, large, cluster, cases) for stage in STAGES},
+        "a cluster": {stage: elsewhere(stage, large, cluster) for stage in STAGES},
     }
     (ROOT / "benchmarks" / "scaling.md").write_text(report(cases, links, curves, large, args))
     draw(cases, links, curves, ROOT / "benchmarks" / "scaling.png")
@@ -64,22 +66,23 @@ def main() -> None:
 
 
 class Traffic:
-    """Counts torch's collectives while it is active: calls, bytes of the whole tensor, seconds until they are done."""
+    """Counts the collectives of torch and of DeepSpeed, which calls torch's, while it is active: calls, bytes of the
+    whole tensor, seconds until they are done."""
 
     def __enter__(self):
+        import deepspeed
         import torch
 
         self.calls, self.bytes, self.seconds, self._depth = {}, {}, 0.0, 0
-        self.originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
-        for name, function in self.originals.items():
-            setattr(torch.distributed, name, self._counting(name, function))
+        places = (torch.distributed, deepspeed.comm.comm.cdb)
+        self.originals = [(place, name, getattr(place, name)) for place in places for name in COLLECTIVES]
+        for place, name, function in self.originals:
+            setattr(place, name, self._counting(name, function))
         return self
 
     def __exit__(self, *error) -> None:
-        import torch
-
-        for name, function in self.originals.items():
-            setattr(torch.distributed, name, function)
+        for place, name, function in self.originals:
+            setattr(place, name, function)
 
     def _counting(self, name: str, function):
         def call(*args, **kwargs):
@@ -89,16 +92,14 @@ class Traffic:
                 result = function(*args, **kwargs)
             finally:
                 self._depth -= 1
-            if self._depth == 0:
-                self._add(name, args, kwargs, time.perf_counter() - begun)
+            if self._depth > 0:
+                return result
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.bytes[name] = self.bytes.get(name, 0) + max(map(_size, [*args, *kwargs.values()]))
+            self.seconds += time.perf_counter() - begun
             return _Timed(result, self) if result is not None else None
 
         return call
-
-    def _add(self, name: str, args, kwargs, seconds: float) -> None:
-        self.calls[name] = self.calls.get(name, 0) + 1
-        self.bytes[name] = self.bytes.get(name, 0) + max(map(_size, [*args, *kwargs.values()]))
-        self.seconds += seconds
 
 
 class _Timed:
@@ -205,7 +206,7 @@ def make_engine(dist, stage: int):
 
 
 def describe_large(dist) -> dict:
-    """JiT-B/4 on a micro-batch of 16 full images: parameters and operations a step."""
+    """JiT-B/4 on a large micro-batch of full images: parameters and operations a step."""
     import torch
 
     from ds_tokimg.codec import TokenCodec
@@ -215,7 +216,7 @@ def describe_large(dist) -> dict:
 
     with empty_weights():
         model = JiT.from_name("JiT-B/4", TokenCodec(151_643))
-    batch = {"ids": torch.empty(16, model.num_patches, model.slots), "t": torch.empty(16)}
+    batch = {"ids": torch.empty(LARGE_MICRO_BATCH, model.num_patches, model.slots), "t": torch.empty(LARGE_MICRO_BATCH)}
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "tensors": len(list(model.parameters())), "flops": train_flops(model, batch)}
 
@@ -223,28 +224,30 @@ def describe_large(dist) -> dict:
 # ---- the model ----
 
 
-def traffic(stage: int, ranks: int, parameters: int, tensors: int, width: int) -> list[tuple[str, float, float]]:
+def traffic(stage: int, parameters: int, tensors: int, width: int = 4, bucket: int = CPU_BUCKET_SIZE) -> list[tuple]:
     """(collective, calls, bytes of the whole tensor in all) of one step, accumulation 1.
 
-    Stage 0 averages all gradients. Stages 1 and 2 reduce each rank's part to it and gather the new weights. Stage 3
-    gathers every weight where it is used, in the forward and in the backward, and scatters the sum of the gradients.
+    Stage 0 averages all gradients. Stages 1 and 2 do so too, bucket by bucket (DeepSpeed 0.19.8 keeps a rank's part of
+    the sum and drops the rest), and gather the new weights. Stage 3 gathers each weight where it is used first (models
+    above `stage3_max_live_parameters`, 1e9, do so again in the backward) and scatters the sums of the gradients.
     """
-    size = parameters * width
+    size, buckets = parameters * width, math.ceil(parameters / bucket)
     if stage == 0:
         return [("all_reduce", 1, size)]
     if stage < 3:
-        return [("reduce", ranks, size), ("all_gather", 2, size)]
-    return [("all_gather", 2 * tensors, 2 * size), ("reduce_scatter", 1, size)]
+        return [("all_reduce", buckets, size), ("all_gather", 2, size)]
+    return [("all_gather", tensors, size), ("reduce_scatter", buckets, size)]
 
 
-def sent(collective: str, size: float, ranks: int) -> float:
-    """Bytes that a rank sends on average, by the algorithms that use the links best (rings)."""
-    return {"all_reduce": 2.0}.get(collective, 1.0) * size * (ranks - 1) / ranks
+def sent(collective: str, size: float, ranks: int, backend: str = "gloo") -> float:
+    """Bytes that a rank sends on average: rings. gloo scatters a sum by making all of it everywhere."""
+    twice = ("all_reduce", "reduce_scatter") if backend == "gloo" else ("all_reduce",)
+    return (2.0 if collective in twice else 1.0) * size * (ranks - 1) / ranks
 
 
-def communication(found: list, ranks: int, latency: float, bandwidth: float) -> float:
+def communication(found: list, ranks: int, latency: float, bandwidth: float, backend: str = "gloo") -> float:
     """Seconds of a step's collectives, one after the other."""
-    return sum(calls * latency + sent(name, size, ranks) / bandwidth for name, calls, size in found)
+    return sum(calls * latency + sent(name, size, ranks, backend) / bandwidth for name, calls, size in found)
 
 
 def predicted(ranks: int, stage: int, cases: dict, links: dict) -> tuple[float, float]:
@@ -253,7 +256,7 @@ def predicted(ranks: int, stage: int, cases: dict, links: dict) -> tuple[float, 
     crowded = max(1.0, ranks / len(os.sched_getaffinity(0)))
     if ranks == 1:
         return alone["seconds"], 0.0
-    found = traffic(stage, ranks, alone["parameters"], alone["tensors"], 4)
+    found = traffic(stage, alone["parameters"], alone["tensors"])
     spent = communication(found, ranks, *links[ranks])
     return alone["seconds"] * crowded + spent, spent
 
@@ -264,24 +267,20 @@ def here(stage: int, cases: dict, links: dict) -> list[float]:
     alone = cases[1, stage]
     compute, parameters, tensors = alone["seconds"], alone["parameters"], alone["tensors"]
     times = [
-        compute + communication(traffic(stage, n, parameters, tensors, 4), n, latency * math.log2(n), bandwidth)
-        for n in MANY
+        compute + communication(traffic(stage, parameters, tensors), n, latency * math.log2(n), bandwidth) for n in MANY
     ]
     return [cases[1, 0]["seconds"] / seconds for seconds in times]
 
 
-def elsewhere(stage: int, large: dict, cluster: dict, cases: dict) -> list[float]:
+def elsewhere(stage: int, large: dict, cluster: dict) -> list[float]:
     """The same for a JiT-B/4 in bf16 on a cluster, nothing overlapped."""
     compute = large["flops"] / cluster["rate"]
-    shape = (large["parameters"], large["tensors"], 2)
-    return [
-        compute
-        / (
-            compute
-            + communication(traffic(stage, n, *shape), n, cluster["latency"] * math.log2(n), cluster["bandwidth"])
-        )
-        for n in MANY
-    ]
+    times = []
+    for n in MANY:
+        found = traffic(stage, large["parameters"], large["tensors"], width=2, bucket=REDUCE_BUCKET_SIZE)
+        latency = cluster["latency"] * math.log2(n)
+        times.append(compute + communication(found, n, latency, cluster["bandwidth"], "nccl"))
+    return [compute / seconds for seconds in times]
 
 
 # ---- the report ----
@@ -329,7 +328,7 @@ def report(cases: dict, links: dict, curves: dict, large: dict, args) -> str:
         *efficiency_table(
             "a cluster",
             curves,
-            f"JiT-B/4 ({large['parameters'] / 1e6:.0f} M parameters), bf16, 16 full images a rank, "
+            f"JiT-B/4 ({large['parameters'] / 1e6:.0f} M parameters), bf16, {LARGE_MICRO_BATCH} full images a rank, "
             f"{args.teraflops:g} TFLOP/s, {args.gigabytes:g} GB/s and {args.microseconds:g} µs a rank: assumed, not "
             "measured",
         ),
@@ -345,7 +344,7 @@ def report(cases: dict, links: dict, curves: dict, large: dict, args) -> str:
 def measured_row(ranks: int, stage: int, cases: dict, links: dict) -> str:
     case = cases[ranks, stage]
     seconds, _ = predicted(ranks, stage, cases, links)
-    found = traffic(stage, ranks, case["parameters"], case["tensors"], 4) if ranks > 1 else []
+    found = traffic(stage, case["parameters"], case["tensors"]) if ranks > 1 else []
     volume = sum(sent(name, size, ranks) for name, _, size in found)
     share = case["in_collectives"] / case["seconds"]
     ratio = f"{case['on_the_wire'] / volume:.2f}" if volume else "-"
@@ -370,7 +369,7 @@ def draw(cases: dict, links: dict, curves: dict, path: Path) -> None:
 
     image = Image.new("RGB", (1500, 520), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(18)
-    most = 1.1 * max(case["seconds"] for case in cases.values())
+    most = 1.05 * max(max(case["seconds"], predicted(*key, cases, links)[0]) for key, case in cases.items())
     panels = [(80, "step, s (dots: measured, lines: model), by ranks", RANKS, most)]
     panels += [(80 + 500 * i, f"efficiency, {name}, by ranks", MANY, 1.0) for i, name in enumerate(curves, 1)]
     for left, title, ranks, top in panels:

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_tokimg.ds_config import CPU_BUCKET_SIZE
+
 STAGES = (0, 1, 2, 3)
 HALF = ("bf16", "fp16")
 # Tensors as large as the weights that an optimiser keeps.
@@ -58,7 +60,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. `host`: what is offloaded. `workspace`: fp32 gradients during the update alone."""
+    """Bytes on one rank. `host`: what is offloaded. `workspace`: copies of gradients after the backward."""
 
     weights: int
     gradients: int
@@ -94,26 +96,35 @@ def rank_memory(footprint: Footprint, stage: int, world_size: int) -> RankMemory
         gradients=width * (part if stage >= 2 else size),
         optimizer=0 if offloaded else optimizer,
         averages=0 if offloaded else averages,
-        buffers=_buffers(footprint, stage, world_size),
-        workspace=0 if stage == 0 or offloaded else 4 * part,
+        buffers=_buffers(footprint, stage),
+        workspace=_workspace(footprint, stage, world_size, offloaded),
         host=optimizer + averages if offloaded else 0,
     )
 
 
-def _buffers(footprint: Footprint, stage: int, world_size: int) -> int:
-    """Buckets in which gradients are reduced, and at stage 3 the weights that are gathered to compute with."""
-    zero, size = footprint.zero, footprint.parameters
-    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
-    if footprint.on_cpu or stage == 0:
-        bucket = min(bucket, size)
+def _workspace(footprint: Footprint, stage: int, world_size: int, offloaded: bool) -> int:
+    """Stage 0 averages gradients after the backward, in copies; ZeRO makes fp32 gradients for the update."""
     if stage == 0:
-        return footprint.width * bucket if world_size > 1 else 0
+        bucket = int(footprint.zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
+        return footprint.width * min(bucket, footprint.parameters) if world_size > 1 else 0
+    return 0 if offloaded else 4 * -(-footprint.parameters // world_size)
+
+
+def _buffers(footprint: Footprint, stage: int) -> int:
+    """Buckets in which gradients are reduced, and at stage 3 the weights that are gathered to compute with."""
+    if stage == 0:
+        return 0
+    zero, size = footprint.zero, footprint.parameters
+    bucket = int(zero.get("reduce_bucket_size", CPU_BUCKET_SIZE if footprint.on_cpu else REDUCE_BUCKET_SIZE))
+    filled = min(bucket, size)  # of a bucket, by gradients
+    if footprint.on_cpu:
+        bucket = filled
     if not zero.get("contiguous_gradients", True):
         bucket = 0
     if stage < 3:
         return footprint.width * bucket * (2 if zero.get("overlap_comm") else 1)
     live = zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", MAX_LIVE_PARAMETERS))
-    return footprint.width * (bucket + min(size, int(live)))
+    return footprint.width * (bucket + filled + min(size, int(live)))  # stage 3 scatters out of a copy of the bucket
 
 
 def largest_micro_batch(footprint: Footprint, memory: RankMemory, budget: float) -> int:

@@ -56,6 +56,7 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
         raw, config, machine_capabilities(), parts.steps_per_epoch, state.get("train_batch_size")
     )
     dist.on_first_rank(lambda: write_settings(config, settings, parts))
+    check_shared(config, dist)
     engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
     if resumed:
         state = checkpoints.load(engine, resumed)
@@ -84,3 +85,10 @@ def write_settings(config: TrainConfig, settings: dict, parts: Parts) -> None:
         parts.tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
+
+
+def check_shared(config: TrainConfig, dist: Dist) -> None:
+    """Every rank writes its part of a checkpoint into the folder that rank 0 has just made."""
+    folder = Path(config.output_dir)
+    if not dist.all_true((folder / "config.json").is_file()):
+        raise UserError(f"--output_dir {folder} is not visible on every node: choose a folder that all of them share")

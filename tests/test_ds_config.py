@@ -7,7 +7,7 @@ import pytest
 
 from ds_tokimg import ds_schema
 from ds_tokimg.config import DEFAULT_LR, DEFAULT_MAX_GRAD_NORM, TrainConfig, UserError
-from ds_tokimg.ds_config import SHIPPED, Machine, check, read, resolve, resolve_batch, solve_batch
+from ds_tokimg.ds_config import CPU_BUCKET_SIZE, SHIPPED, Machine, check, read, resolve, resolve_batch, solve_batch
 
 CPU = Machine(1, "cpu", bf16=True, fp16=False)
 GPU = Machine(1, "cuda", bf16=True, fp16=True)
@@ -145,6 +145,16 @@ def test_automatic_precision_and_stage(machine, use_amp, on, stage):
     result = resolved(shipped(), machine, use_amp=use_amp)
     assert [name for name in ("bf16", "fp16") if result[name]["enabled"]] == ([on] if on else [])
     assert result["zero_optimization"]["stage"] == stage
+
+
+def test_a_cpu_reduces_gradients_in_small_buckets():
+    def bucket(raw, machine):
+        return resolved(raw, machine)["zero_optimization"].get("reduce_bucket_size")
+
+    two, gpus = Machine(2, "cpu", False, False), Machine(2, "cuda", True, True)
+    assert bucket(shipped(), two) == CPU_BUCKET_SIZE and bucket(shipped(), gpus) is None
+    assert bucket(shipped(zero_optimization={"stage": 2, "reduce_bucket_size": 7}), two) == 7
+    assert bucket(shipped(), CPU) is None  # stage 0 has no buckets
 
 
 def test_half_precision_at_stage_0_runs_as_stage_1_with_a_note():

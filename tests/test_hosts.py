@@ -114,6 +114,16 @@ def test_a_signal_to_multinode_saves_on_all_hosts(launcher, hosts, project, envi
     assert not list(Path("/tmp").glob("ds_tokimg_node1_*"))
 
 
+def test_a_folder_that_is_not_shared_is_refused(hosts, project, environment):
+    hosts.restart()
+    (project / "private").mkdir()
+    assert hosts.run("node2", f"mount -t tmpfs none {project / 'private'}") == ""
+    call = hosts.start("node1", multinode("private/run"), project, environment | {"LAUNCHER": "ssh"})
+    code, printed = end_of(call)
+    assert code == 2 and "--output_dir private/run is not visible on every node" in printed, printed
+    assert not (project / "private" / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("launcher", ["ssh", "pdsh"])
 def test_a_lost_host_ends_the_run_and_the_other_resumes_it_alone(launcher, hosts, project, environment, reference):
     if launcher == "pdsh" and shutil.which("pdsh") is None:
