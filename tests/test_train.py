@@ -274,7 +274,7 @@ def test_compiled_blocks_train_the_same(run, corpus, tmp_path):
     assert names == load_file(run[0] / "checkpoints" / "step_00000008" / "model.safetensors").keys()
 
 
-def test_compiling_without_a_compiler_is_a_users_mistake(run, corpus, tmp_path, monkeypatch):
+def test_compiling_without_a_compiler_is_a_users_mistake(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     config = TrainConfig.from_args(small_flags(corpus, tmp_path / "run", "--compile"))
     with pytest.raises(UserError, match="no-such-compiler"):
