@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--megabytes", nargs="+", type=float, default=[1, 10, 100, 1000])
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
-    print_title("Growth")
+    print_title(f"Growth: {' and '.join(args.parts)}")
     if "model" in args.parts:
         print_models(args.repetitions)
     if "corpus" in args.parts:

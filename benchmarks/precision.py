@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--model JiT-S/4] [--images 16] > benchmarks/precision.md
 
-The same line serves on a GPU (`CUDA_VISIBLE_DEVICES=0 python benchmarks/precision.py --model JiT-B/4 --images 64`).
+The same script serves on a GPU; the page ends with the line to run there.
 
 All rivals are full of tokens and have patches of one size: images of 64 and of 256 pixels a side in fp32, as many
 tokens a step in both, then 64 pixels in each precision that the machine has. Each is a process of its own, so that its
@@ -40,13 +40,14 @@ def main() -> None:
     if args.worker:
         work(**json.loads(args.worker))
         return
-    print_title("Image size and precision")
+    print_title("Image size and precision: the training step")
     base = {"model": args.model, "images": args.images, "img_size": SMALL, "blocks": {}}
     large = base | {"images": max(1, args.images * SMALL**2 // LARGE**2), "img_size": LARGE}
     compare_sizes({f"{SMALL} × {SMALL}": base, f"{LARGE} × {LARGE}": large}, args.repetitions)
     compare_precisions(
         {"fp32": base} | {name: base | {"blocks": b} for name, b in PRECISIONS.items()}, args.repetitions
     )
+    print("\nOn a GPU: `CUDA_VISIBLE_DEVICES=0 python benchmarks/precision.py --model JiT-B/4 --images 64`")
 
 
 # ---- the tables ----

@@ -25,6 +25,8 @@ MIN_TIMESTEP = 1e-2
 LOG_SNR_MIN = -8.0
 # At the other end this many standard deviations of noise fit into half a step between levels.
 MARGIN = 6.0
+# Noise levels whose information is computed together: as many as keep the numbers in the cache.
+_RATES_AT_ONCE = 8
 TIMESTEP_SAMPLERS = ("band", "uniform", "logit_normal")
 
 
@@ -88,21 +90,23 @@ def readable_band(radix: int, missing: float = 0.005) -> Band:
     the band nothing can be read, above it everything can, whatever the context: there is nothing to learn outside.
     """
     grid = torch.linspace(-12.0, 18.0, 301, dtype=torch.float64)
-    share = torch.cumulative_trapezoid(torch.stack([information_rate(radix, value) for value in grid.tolist()]), grid)
+    rates = [information_rate(radix, some) for some in grid.split(_RATES_AT_ONCE)]
+    share = torch.cumulative_trapezoid(torch.cat(rates), grid)
     low, high = np.interp([missing, 1.0 - missing], share / share[-1], grid[1:])
     return Band(float(low), float(high))
 
 
-def information_rate(radix: int, log_snr_value: float) -> Tensor:
-    """SNR/2 * mmse of a uniform digit, by quadrature over the noise (nodes of +-6 standard deviations)."""
+def information_rate(radix: int, log_snr_value: float | Tensor) -> Tensor:
+    """SNR/2 * mmse of a uniform digit, by quadrature over the noise (nodes of +-6 standard deviations): shape of
+    `log_snr_value`, float64."""
     levels = torch.linspace(-1.0, 1.0, radix, dtype=torch.float64)
-    deviation = math.exp(-0.5 * log_snr_value)
+    deviation = torch.exp(-0.5 * torch.as_tensor(log_snr_value, dtype=torch.float64))
     nodes = torch.linspace(-6.0, 6.0, 61, dtype=torch.float64)
     density = torch.exp(-0.5 * nodes**2)
     picked, weights = _few_levels(radix)
     centre = levels[picked][:, None]  # [picked, 1]
-    z = centre + deviation * nodes  # [picked, nodes]
-    logits = -0.5 * ((z[..., None] - levels) / deviation) ** 2  # [picked, nodes, radix]
+    z = centre + deviation[..., None, None] * nodes  # [..., picked, nodes]
+    logits = -0.5 * ((z[..., None] - levels) / deviation[..., None, None, None]) ** 2  # [..., picked, nodes, radix]
     error = (logits.softmax(-1) @ levels - centre) ** 2
     mmse = weights @ error @ density / density.sum()
     return 0.5 * mmse / deviation**2

@@ -42,6 +42,8 @@ def seen_by_torch(module, batch) -> int:
         {"posterior": "digits", "conditions": True, "patch_noise": 1.0},
         {"posterior": "digits", "self_conditioning": 1.0},
         {"posterior": "digits", "block_size": 2},
+        {"posterior": "digits", "block_size": 2, "conditions": True, "patch_noise": 1.0},
+        {"posterior": "digits", "block_size": 2},
         {"posterior": "digits", "conditions": True, "block_size": 1},
         {"head": "linear", "objective": "mse"},
     ],

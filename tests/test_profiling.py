@@ -26,13 +26,13 @@ if sys.argv[1] == "keep":
     print(keep_freed_memory())
 import torch
 
-def faults():
+def faults(numbers):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(40_000_000)
+    torch.ones(numbers)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
-print(faults())
+faults(40_000_000)  # the heap grows once
+print(faults(10_000_000))
 """
 
 

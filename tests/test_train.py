@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ds_tokimg.__main__ import main
 from ds_tokimg.config import TrainConfig, UserError
+from ds_tokimg.setup import assemble
 from tests.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
 
 SHIPPED = json.loads((Path(__file__).parent.parent / "ds_config.json").read_text())
@@ -46,6 +47,7 @@ def test_a_run_leaves_the_files_of_the_contract(run):
     assert [row["step"] for row in rows] == list(range(1, 9))
     expected = "step epoch consumed_samples loss lr grad_norm loss_scale skipped_steps valid_tokens"
     expected += " valid_tokens_per_second step_seconds padding_fraction"
+    expected += " data_wait model_flops_per_second peak_share"
     assert all(set(expected.split()) <= set(row) for row in rows)
     assert {"val_loss", "val_bits_per_token", "val_bits_per_byte", "val_token_accuracy"} <= set(rows[7])
     assert "val_loss" not in rows[6]
@@ -62,7 +64,10 @@ def test_tensorboard_has_the_scalars(run):
 
     events = EventAccumulator(str(next((run[0] / "tensorboard").rglob("events*")).parent))
     events.Reload()
-    assert {"train/loss", "train/lr", "validation/val_bits_per_token"} <= set(events.Tags()["scalars"])
+    speed = {
+        f"train/{name}" for name in ("valid_tokens_per_second", "model_flops_per_second", "peak_share", "data_wait")
+    }
+    assert {"train/loss", "train/lr", "validation/val_bits_per_token"} | speed <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
 
 
@@ -240,6 +245,49 @@ def test_linear_head_with_the_reference_colours(corpus, tmp_path):
     reference = ["--head", "linear", "--radix", 256, "--timesteps", "uniform", "--objective", "mse", "--patch_noise", 0]
     train_in_ranks(1, small_flags(corpus, tmp_path / "run", *reference, "--max_steps", 2))
     assert metrics(tmp_path / "run")[-1]["val_bits_per_token"] > 50
+
+
+def test_the_speed_that_is_logged_is_that_of_the_run(run):
+    """Tokens, operations and seconds fit together, and little of the time is spent waiting for data."""
+    for row in metrics(run[0])[1:]:
+        tokens, seconds = row["valid_tokens_per_second"], row["step_seconds"]
+        assert tokens * seconds == pytest.approx(row["valid_tokens"])
+        # 6 operations a weight and patch of 16 tokens are what training costs at least.
+        weights = sum(p.numel() for p in torch_blocks(run[0]).values())
+        assert row["model_flops_per_second"] * seconds > 6 * weights * row["valid_tokens"] / 16
+        assert 0 < row["peak_share"] < 1
+        assert 0 <= row["data_wait"] < 0.5
+
+
+def torch_blocks(folder: Path) -> dict[str, torch.Tensor]:
+    """The matrices of a run's blocks."""
+    weights = load_file(folder / "checkpoints" / "step_00000008" / "model.safetensors")
+    return {name: value for name, value in weights.items() if "blocks" in name and value.dim() == 2}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(run, corpus, tmp_path):
+    train_in_ranks(1, small_flags(corpus, tmp_path / "run", "--max_steps", 8, "--compile"), timeout=400)
+    for compiled, plain in zip(metrics(tmp_path / "run"), metrics(run[0]), strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    names = load_file(tmp_path / "run" / "checkpoints" / "step_00000008" / "model.safetensors").keys()
+    assert names == load_file(run[0] / "checkpoints" / "step_00000008" / "model.safetensors").keys()
+
+
+def test_compiling_without_a_compiler_is_a_users_mistake(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = TrainConfig.from_args(small_flags(corpus, tmp_path / "run", "--compile"))
+    with pytest.raises(UserError, match="no-such-compiler"):
+        assemble(config, AloneOnCpu(), None)
+
+
+class AloneOnCpu:
+    """The only rank, without a process group."""
+
+    device = torch.device("cpu")
+
+    def on_first_rank(self, action):
+        return action()
 
 
 def test_a_run_never_writes_into_another(run, corpus):
