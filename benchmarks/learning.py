@@ -1,11 +1,11 @@
 """Bits per byte of held-out text for the compute spent: the trainer's recipe, its ablations, and honest references.
 
-    python benchmarks/learning.py --system ours --corpus data/web_narrative.txt --positions 1e6 [--set name=value ...]
-    python benchmarks/learning.py --report > benchmarks/learning.md
+    python benchmarks/learning.py --system ours --corpus data/web_narrative.txt --positions 1e6 [--set NAME=VALUE ...]
+    python benchmarks/learning.py --table
 
-Every run adds a line to benchmarks/learning.jsonl. All systems share blocks, width, depth, optimiser, schedule, batch,
-tokenizer and texts. Compute is transformer positions (forward and backward) times parameters of the blocks; a forward
-alone, as in self-conditioning, counts for a third.
+Every run adds a line to benchmarks/learning.jsonl; `--table` prints all lines as the table of learning.md. All systems
+share blocks, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward and
+backward) times parameters of the blocks; a forward alone, as in self-conditioning, counts for a third.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Ours:
-    """The trainer's model and loss, in a plain loop."""
+    """The trainer's model and loss, in a plain loop. `block_sizes` take turns, step by step."""
 
     def __init__(self, parts, config: TrainConfig, extra: dict):
         self.parts, self.config, self.module = parts, config, parts.module
@@ -117,6 +117,24 @@ class Reference:
             nats += float(self.module.bound_nats(ids, mask, levels * 4).sum())
             tokens += int(mask.sum())
         return {"bits_per_token": bits(nats) / tokens, "bits_per_byte": bits(nats) / held_out.num_bytes}
+
+
+def print_table() -> None:
+    """The results so far: least compute first, then least bits."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    print("| corpus | system | settings | batch | steps | M positions | M tokens | path | bits/token | bits/byte |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: (row["corpus"], row["positions"], min(_bits_per_byte(row)))):
+        for path, figures in row["bits"].items():
+            cells = [row["corpus"], row["system"], " ".join(row["set"]), row["batch"], row["steps"]]
+            cells += [f"{row['positions'] / 1e6:.2f}", f"{row['tokens'] / 1e6:.2f}"]
+            cells += [f"blocks of {path}" if path != "0" else "plain"]
+            cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]
+            print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def _bits_per_byte(row: dict) -> list[float]:
+    return [figures["bits_per_byte"] for figures in row["bits"].values()]
 
 
 def prepare(arguments):
@@ -192,24 +210,24 @@ def main() -> None:
     add("--levels", type=int, default=8, help="noise levels a text is evaluated at")
     add("--paths", type=int, nargs="*", default=[0], help="block sizes of the bounds to measure; 0: all at once")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the trainer; blocks=[0,1]")
-    add("--note", default="")
+    add("--note", default="", help="kept with the result")
+    add("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
+    if arguments.table:
+        return print_table()
     keep_freed_memory()
     system = prepare(arguments)
     row = {"system": arguments.system, "corpus": Path(arguments.corpus).name, "set": arguments.set}
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
     row |= train(system, arguments)
     system.module.eval()
-    parameters = sum(p.numel() for b in _blocks(system.module) for p in b.parameters())
+    parameters = sum(p.numel() for p in system.module.model.blocks.parameters())
     row |= {"parameters": parameters, "threads": torch.get_num_threads()}
     row["bits"] = {path: system.bits(path, arguments.levels) for path in arguments.paths}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))
-
-
-def _blocks(module):
-    return module.model.blocks
+    return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""The models that ours is compared with: what they cost is what they say."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.references import Autoregressive, MaskedDiffusion
+
+SHAPE = (2, 32, 2)
+IDS = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0))
+MASK = torch.arange(12) < torch.tensor([[12], [12], [5]])
+
+
+def trained(kind):
+    torch.manual_seed(0)
+    model = kind(20, 0, SHAPE)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [Autoregressive, MaskedDiffusion])
+def test_an_untrained_model_pays_for_every_token(kind):
+    nats = kind(20, 0, SHAPE).bound_nats(IDS, MASK, 400)
+    torch.testing.assert_close(nats, MASK.sum(1).double() * math.log(20), rtol=0.08, atol=0)
+
+
+def test_the_next_token_does_not_see_what_follows():
+    model = trained(Autoregressive)
+    nats, changed = (model.token_nats(ids, MASK) for ids in (IDS, torch.cat([IDS[:, :6], IDS[:, 6:].flip(1)], 1)))
+    assert torch.equal(nats[:, :6], changed[:, :6]) and not torch.equal(nats[:, 7:], changed[:, 7:])
+    assert not nats[~MASK].any()
+
+
+def test_the_chain_rule_holds_over_all_texts():
+    """The probabilities of all texts of two tokens sum to one."""
+    model = trained(Autoregressive)
+    texts = torch.cartesian_prod(torch.arange(20), torch.arange(20))
+    nats = model.bound_nats(texts, torch.ones_like(texts, dtype=torch.bool), 1)
+    assert float((-nats).exp().sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_masked_bound_is_the_mean_over_all_masks():
+    """One token: it is masked or not, so that -log p is exact; two: the bound averages both orders."""
+    model = trained(MaskedDiffusion)
+    one, mask = IDS[:1, :1], torch.ones(1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(torch.full((1, 1), 20), mask[:, None, None]).log_softmax(-1)
+    exact = -float(hidden[0, 0, one[0, 0]])
+    assert float(model.bound_nats(one, mask, 1000)) == pytest.approx(exact, rel=0.08)
+
+
+def test_samples_come_from_the_model():
+    model = trained(Autoregressive)
+    samples = model.sample(2000, 1, seed=0)[:, 0]
+    first = model.model(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    expected = 2000 * first.softmax(-1)[0, 0]
+    counts = torch.bincount(samples, minlength=20)
+    common = expected > 8
+    assert ((counts - expected)[common] ** 2 / expected[common]).sum() < 45
