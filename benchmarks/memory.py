@@ -4,11 +4,13 @@
 
 Every case is a fresh set of ranks (gloo) that take two steps on the micro-batch of the longest texts, with which the
 plan counts. Measured is the peak of a rank's resident memory minus what it held before the engine was made, plus the
-weights that were there already: once with freed memory handed back to the system, which shows what is needed, and once
-with freed memory kept, as `train` does for speed on a CPU. Takes about ten minutes on one core and at most 8 GB.
+weights that were there already: once with every freed tensor handed back to the system at once, which shows what is
+needed, and (JiT-S/4) once with freed memory kept, as `train` does for speed on a CPU. Takes about ten minutes on one
+core and at most 8 GB; `--part small` and `--part large` take half of it each.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -35,18 +37,19 @@ PARTS = ("weights", "gradients", "optimizer", "averages", "buffers", "workspace"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--skip_large", action="store_true", help="leave JiT-B/4 out")
-    args = parser.parse_args()
-    print_head()
+    parser.add_argument("--part", choices=("small", "large", "all"), default="all")
+    part = parser.parse_args().part
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = folder
-        for ranks in args.ranks:
-            print_table(f"JiT-S/4, 1,024 tokens an image, {ranks} rank(s)", ranks, flags("JiT-S/4", 1024, 2 * ranks))
-        if not args.skip_large:
+        if part != "large":
+            print_head()
+            for ranks in (1, 2, 4):
+                title = f"JiT-S/4, 1,024 tokens an image, {ranks} rank(s)"
+                print_table(title, ranks, flags("JiT-S/4", 1024, 2 * ranks), {"needed": False, "resident": True})
+        if part != "small":
             for extra in ([], ["--activation_checkpointing"]):
                 title = "JiT-B/4, 4,096 tokens an image, 1 rank" + (", activation checkpointing" if extra else "")
-                print_table(title, 1, flags("JiT-B/4", 4096, 2) + extra)
+                print_table(title, 1, flags("JiT-B/4", 4096, 2) + extra, {"needed": False})
 
 
 def flags(model: str, max_tokens: int, train_batch_size: int) -> list[str]:
@@ -74,17 +77,16 @@ def print_head() -> None:
     print("as `train` runs on a CPU, where freed memory is kept for speed and the heap has holes.")
 
 
-def print_table(title: str, ranks: int, arguments: list[str]) -> None:
+def print_table(title: str, ranks: int, arguments: list[str], ways: dict[str, bool]) -> None:
+    """`ways`: names of measurements, and whether freed memory is kept in them."""
     plan = run_ranks(1, forecast, arguments, ranks, timeout=300)[0]
+    columns = [*PARTS, "predicted", *ways, *(f"{name} / predicted" for name in ways)]
     print(f"\n## {title}\n\n{plan['model']['parameters'] / 1e6:.1f} M parameters\n")
-    print(
-        f"| ZeRO stage | {' | '.join(PARTS)} | predicted | needed | resident | "
-        "needed / predicted | resident / predicted |"
-    )
-    print("|---" * (len(PARTS) + 6) + "|")
+    print(f"| ZeRO stage | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
     for row in plan["memory"]["stages"]:
         measured = [
-            max(run_ranks(ranks, measure, arguments, row["stage"], keep, timeout=600)) for keep in (False, True)
+            max(run_ranks(ranks, measure, arguments, row["stage"], keep, timeout=600)) for keep in ways.values()
         ]
         cells = [row[part] / 1e6 for part in PARTS] + [row["total"] / 1e6, *(value / 1e6 for value in measured)]
         ratios = [f"{value / row['total']:.2f}" for value in measured]
@@ -113,6 +115,8 @@ def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
 
     if keep:
         keep_freed_memory()
+    else:
+        return_freed_memory()
     config = TrainConfig.from_args(arguments)
     parts = assemble(config, dist, None)
     settings, _ = ds_config.resolve(settings_of(stage), config, machine_capabilities(), parts.steps_per_epoch)
@@ -125,6 +129,11 @@ def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
     for _ in range(STEPS):
         engine.train_batch([batch])
     return resident("VmHWM") - before
+
+
+def return_freed_memory() -> None:
+    """Every block of 64 KB or more is mapped by itself (glibc's M_MMAP_THRESHOLD), and unmapped when it is freed."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 65536)
 
 
 def resident(name: str) -> int:

@@ -156,6 +156,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: ds_co
         on_cpu=machine.accelerator == "cpu",
         fixed=fixed,
         per_sample=per_sample,
+        accumulation=settings["gradient_accumulation_steps"],
     )
 
 

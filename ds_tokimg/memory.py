@@ -37,6 +37,7 @@ class Footprint:
     parameters: trained ones. precision: "fp32", "bf16", "fp16" or "torch_autocast". moments, averages: tensors as
     large as the weights in the optimiser. zero: the block `zero_optimization` of the JSON. on_cpu: memory that is
     reserved and never touched does not count. fixed, per_sample: bytes of activations, see `activation_bytes`.
+    accumulation: micro-batches a step.
     """
 
     parameters: int
@@ -47,6 +48,7 @@ class Footprint:
     on_cpu: bool
     fixed: int
     per_sample: int
+    accumulation: int = 1
 
     @property
     def width(self) -> int:
@@ -60,7 +62,10 @@ class Footprint:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. `host`: what is offloaded. `workspace`: copies of gradients after the backward."""
+    """Bytes on one rank. `host`: what is offloaded. `workspace`: copies of gradients after the backward.
+
+    `gradients_stay`: they are there already when a backward begins, from the micro-batch before or in a buffer.
+    """
 
     weights: int
     gradients: int
@@ -69,15 +74,21 @@ class RankMemory:
     buffers: int
     workspace: int
     host: int
+    gradients_stay: bool
 
     @property
     def states(self) -> int:
-        """What is there all the time."""
+        """What is there when a step ends."""
         return self.weights + self.gradients + self.optimizer + self.averages
 
+    @property
+    def backward(self) -> int:
+        """What is there beside the activations when a backward begins: they are the most then, gradients come later."""
+        return self.states + self.buffers - (0 if self.gradients_stay else self.gradients)
+
     def total(self, activations: int) -> int:
-        """The peak: buffers live during the backward, the workspace during the update after it."""
-        return self.states + max(activations + self.buffers, self.workspace)
+        """The peak: when a backward begins, or in the update after it."""
+        return max(self.backward + activations, self.states + self.workspace)
 
 
 def rank_memory(footprint: Footprint, stage: int, world_size: int) -> RankMemory | None:
@@ -96,9 +107,10 @@ def rank_memory(footprint: Footprint, stage: int, world_size: int) -> RankMemory
         gradients=width * (part if stage >= 2 else size),
         optimizer=0 if offloaded else optimizer,
         averages=0 if offloaded else averages,
-        buffers=_buffers(footprint, stage),
+        buffers=_buffers(footprint, stage, world_size),
         workspace=_workspace(footprint, stage, world_size, offloaded),
         host=optimizer + averages if offloaded else 0,
+        gradients_stay=stage == 3 or footprint.accumulation > 1,
     )
 
 
@@ -110,7 +122,7 @@ def _workspace(footprint: Footprint, stage: int, world_size: int, offloaded: boo
     return 0 if offloaded else 4 * -(-footprint.parameters // world_size)
 
 
-def _buffers(footprint: Footprint, stage: int) -> int:
+def _buffers(footprint: Footprint, stage: int, world_size: int) -> int:
     """Buckets in which gradients are reduced, and at stage 3 the weights that are gathered to compute with."""
     if stage == 0:
         return 0
@@ -123,15 +135,17 @@ def _buffers(footprint: Footprint, stage: int) -> int:
         bucket = 0
     if stage < 3:
         return footprint.width * bucket * (2 if zero.get("overlap_comm") else 1)
+    gathered = 0 if footprint.on_cpu and world_size == 1 else size
     live = zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", MAX_LIVE_PARAMETERS))
-    return footprint.width * (bucket + filled + min(size, int(live)))  # stage 3 scatters out of a copy of the bucket
+    # Stage 3 scatters out of a copy of the bucket.
+    return footprint.width * (bucket + filled + min(gathered, int(live)))
 
 
 def largest_micro_batch(footprint: Footprint, memory: RankMemory, budget: float) -> int:
     """The most samples in a micro-batch with which a rank stays within `budget` bytes; 0 when none fits."""
     if memory.states + memory.workspace > budget:
         return 0
-    left = budget - memory.states - memory.buffers - footprint.fixed
+    left = budget - memory.backward - footprint.fixed
     return max(0, int(left // footprint.per_sample))
 
 

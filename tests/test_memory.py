@@ -123,6 +123,15 @@ def test_buckets_count_where_they_are_reserved():
     assert rank_memory(footprint("bf16"), 1, 2).buffers == 2 * PARAMETERS
 
 
+def test_gradients_meet_all_activations_only_when_they_are_accumulated():
+    once, twice = footprint(), footprint(accumulation=2)
+    for stage, more in ((0, 4), (1, 4), (2, 2), (3, 0)):  # bytes a parameter, on two ranks; stage 3 has a buffer anyway
+        peaks = [rank_memory(memory, stage, 2).total(100 * PARAMETERS) for memory in (once, twice)]
+        assert peaks[1] - peaks[0] == more * PARAMETERS
+    # The update needs more than the backward of a small micro-batch.
+    assert rank_memory(once, 1, 1).total(0) == (4 + 4 + 4 + 8 + 4 + 4) * PARAMETERS
+
+
 def test_offloaded_states_are_the_hosts():
     offload = footprint("bf16", on_cpu=False, zero={"offload_optimizer": {"device": "cpu"}})
     memory = rank_memory(offload, 2, 4)
