@@ -59,6 +59,14 @@ def flags(model: str, max_tokens: int, train_batch_size: int) -> list[str]:
     ).split()
 
 
+HEAD = """\
+MB per rank. Predicted is the plan's total: the larger of what a backward begins with (weights, optimizer, averages,
+buffers, activations; the gradients too where they are accumulated, and at stage 3) and of what the update needs (all
+but buffers and activations, and the workspace). Needed is the measured peak of the rank that needed most, without
+libraries and data. Resident is the same as `train` runs on a CPU: it keeps freed memory for speed, and the heap has
+holes, the more of it the smaller the pieces are that ZeRO cuts."""
+
+
 def print_head() -> None:
     cores = len(os.sched_getaffinity(0))
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
@@ -66,15 +74,7 @@ def print_head() -> None:
     print("# Memory\n")
     print(f"`python benchmarks/memory.py`, {date.today()}, commit {commit.strip()}, {model}, {cores} core(s), ", end="")
     print(f"Python {platform.python_version()}, fp32 on gloo, micro-batch 2, one averaged copy of the weights.\n")
-    print(
-        "MB per rank. Predicted is the plan's total: states + the larger of (activations + buffers, workspace); ",
-        end="",
-    )
-    print(
-        "needed is the measured peak of the rank that needed most, without libraries and data; resident is the same ",
-        end="",
-    )
-    print("as `train` runs on a CPU, where freed memory is kept for speed and the heap has holes.")
+    print(HEAD)
 
 
 def print_table(title: str, ranks: int, arguments: list[str], ways: dict[str, bool]) -> None:
