@@ -78,7 +78,7 @@ class TrainConfig:
     img_size: int = _image(64, "height and width of an image in pixels")
     token_size: int = _image(1, "a token is a square of token_size x token_size pixels")
     radix: int | None = _image(None, "levels per channel (not given: the fewest that hold the vocabulary)")
-    palette: str = _image("id", "which token gets which colour", ("id", "semantic"))
+    palette: str = _image("semantic", "which token gets which colour", ("id", "semantic"))
     layout: str = _image("patch", "order in which tokens fill the image", ("patch", "raster"))
 
     model: str = _model("JiT-XS/4", "size and patch of the transformer, such as JiT-B/4")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ds_tokimg import checkpoint
 from ds_tokimg.optimizer import average_key, build_optimizer
-from ds_tokimg.ranks import Dist, TrainingError, answering, free_port
+from ds_tokimg.ranks import Dist, TrainingError, answering
 from ds_tokimg.shards import Shards
 
 logging.disable(logging.WARNING)  # that a machine has no GPU is no news to its user
@@ -76,9 +76,8 @@ def init_distributed(timeout_minutes: float | None = None) -> Dist:
 
     A rank that hangs ends the others after `timeout_minutes` (default: DEEPSPEED_TIMEOUT in minutes, else 30).
     """
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        os.environ.update(defaults, MASTER_PORT=str(free_port()))
+    if "RANK" not in os.environ:  # port 0: any that is free, as nobody else has to find it
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if timeout_minutes is None:
         timeout_minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MINUTES))
     timeout = timedelta(minutes=timeout_minutes)

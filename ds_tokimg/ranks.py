@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,6 +44,11 @@ class Dist:
         self.device = device
         on_host = torch.distributed.get_backend() == "gloo"
         self.control = torch.distributed.group.WORLD if on_host else torch.distributed.new_group(backend="gloo")
+
+    def leave(self) -> None:
+        """End the process group. A rank that ends with its threads still running may be aborted, whatever its exit code
+        was to be."""
+        torch.distributed.destroy_process_group()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -108,10 +112,3 @@ class OnlyRank:
 
     def on_first_rank(self, action: Callable):
         return action()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

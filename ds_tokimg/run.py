@@ -163,8 +163,10 @@ class Run:
     # ---- words ----
 
     def log(self, line: str) -> None:
+        """On rank 0. The run goes on when nobody listens any more (a launcher that was told to end, a closed terminal)."""
         if self.dist.rank == 0:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):
+                print(line, flush=True)
 
     def introduce(self, notes: list[str], resumed: Path | None) -> None:
         parts, config = self.parts, self.config

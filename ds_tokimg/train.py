@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
         if dist.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except UserError:
+        dist.leave()
+        raise
     return 0
 
 

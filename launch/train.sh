@@ -11,8 +11,8 @@ if ! command -v nvidia-smi >/dev/null; then
 fi
 deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} --module ds_tokimg train \
     --data_path data/web_narrative.txt \
-    --model JiT-XS/2 --max_tokens 256 --epochs 4 --lr 3e-3 --train_batch_size 16 \
-    --eval_interval 200 --save_interval 200 \
+    --model JiT-XS/2 --max_tokens 256 --epochs 4 --lr 3e-3 --train_batch_size 8 \
+    --eval_interval 400 --save_interval 400 \
     --output_dir "runs/$(date +%Y%m%d-%H%M%S)" \
     "$@" &
 # On SIGTERM the launcher would leave its ranks behind: hand it to the process that it started for them, and they save.

@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import pickle
 import queue
+import socket
 import time
 import traceback
 
 import torch
 from torch import Tensor, nn
 
-from ds_tokimg.engine import TrainEngine, free_port, init_distributed
+from ds_tokimg.engine import TrainEngine, init_distributed
 
 POSITIONS = 6
 _context = multiprocessing.get_context("forkserver")
@@ -88,6 +89,13 @@ def _collect(processes: list, results, deadline: float) -> list:
             raise AssertionError(f"rank {rank}:\n{error}")
         values[rank] = value
     return [values[rank] for rank in range(len(processes))]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class TinyModule(nn.Module):
