@@ -163,7 +163,7 @@ class Run:
     # ---- words ----
 
     def log(self, line: str) -> None:
-        """On rank 0. The run goes on when nobody listens any more (a launcher that was told to end, a closed terminal)."""
+        """On rank 0. The run goes on when nobody listens any more (the launcher has ended, the terminal is closed)."""
         if self.dist.rank == 0:
             with contextlib.suppress(OSError):
                 print(line, flush=True)
