@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_tokimg.model import Block, RMSNorm, _frequencies
+from ds_tokimg.layers import Block, RMSNorm, rope_frequencies
 
 
 class TokenTransformer(nn.Module):
@@ -32,7 +32,7 @@ class TokenTransformer(nn.Module):
     def forward(self, ids: Tensor, keys: Tensor) -> Tensor:
         """ids [B, L], keys [B, 1, 1 or L, L] (who sees whom) -> logits [B, L, V]."""
         x = self.embed(ids)
-        angles = torch.arange(ids.shape[1])[:, None] * _frequencies(self.half_head, ids.device)
+        angles = torch.arange(ids.shape[1])[:, None] * rope_frequencies(self.half_head, ids.device)
         rotation = (angles.cos()[None, None], angles.sin()[None, None])
         no_noise = x.new_zeros(1, 1, 6 * x.shape[-1])
         for block in self.blocks:

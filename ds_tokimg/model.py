@@ -9,20 +9,19 @@ its own for every patch would otherwise cost half as much again as the blocks th
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
-from ds_tokimg.diffusion import alpha_sigma, log_snr
+from ds_tokimg.diffusion import alpha_sigma
 from ds_tokimg.heads import DigitHead, LinearHead, TokenHead
+from ds_tokimg.layers import Block, FinalLayer, TimestepEmbedding, rope_frequencies
 
 #                 depth, width, heads, bottleneck of the patch embedding
 SIZES = {
@@ -376,116 +375,14 @@ class JiT(nn.Module):
         """cos and sin of RoPE, each [B, 1, N, head_dim / 2] (Su et al. 2021; `grid`: half the channels an axis)."""
         half = self.config.width // self.config.heads // 2
         if self.config.positions == "reading":
-            angles = positions[..., None] * _frequencies(half, positions.device)
+            angles = positions[..., None] * rope_frequencies(half, positions.device)
         else:
             across = self.config.img_size // self.config.patch_size
             rows, columns = positions.div(across, rounding_mode="floor"), positions.remainder(across)
-            frequencies = _frequencies(half // 2, positions.device)
+            frequencies = rope_frequencies(half // 2, positions.device)
             angles = torch.cat([rows[..., None] * frequencies, columns[..., None] * frequencies], -1)
         angles = angles[:, None]
         return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-
-
-class TimestepEmbedding(nn.Module):
-    """Noise level -> the modulation that all blocks share. Fed with log-SNR, in which tokens become readable."""
-
-    def __init__(self, width: int, frequencies: int = 64):
-        super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t [B, n] -> [B, n, 6C]."""
-        value = log_snr(t)[..., None]
-        # Periods from 0.25 to 60 in log-SNR: from a small part of the band to all of it.
-        rates = torch.exp(torch.linspace(math.log(25.0), math.log(0.1), self.frequencies, device=t.device))
-        waves = torch.cat([(value * rates).cos(), (value * rates).sin()], -1)
-        return self.modulation(F.silu(self.mlp(waves.to(self.modulation.weight.dtype))))
-
-
-class Block(nn.Module):
-    """Attention and SwiGLU, each modulated by the noise level and gated by zero at the start (adaLN-Zero)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        hidden = 64 * round(width * 8 / 3 / 64)  # SwiGLU has three matrices where an MLP has two: 4C * 2/3
-        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.attention = Attention(width, heads)
-        self.mlp = SwiGLU(width, hidden)
-        self.offset = nn.Parameter(torch.zeros(6 * width))  # [6C]
-
-    def forward(self, x: Tensor, time: Tensor, rotation, keys: Tensor | None, past: list | None = None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.offset).chunk(6, -1)  # [B, N or 1, C]
-        x = x + gate1 * self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, keys, past)
-        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, rotation, keys: Tensor | None, past: list[Tensor] | None = None) -> Tensor:
-        """x [B, N, C]; keys bool, broadcasting to [B, heads, N, M + N]; past: keys and values of M earlier positions,
-        each [B, heads, M, d], which these N come after; the list is brought up to date."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
-        if past is not None:
-            past[:] = k, v = [torch.cat(parts, 2) for parts in zip(past, (k, v), strict=True)] if past else (k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    """Shazeer, "GLU variants improve transformer" (2020)."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden)
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
-
-
-class RMSNorm(nn.Module):
-    """Zhang & Sennrich (2019)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Under autocast x may be in half precision; the fused kernel wants the weight to be alike.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
-
-
-class FinalLayer(nn.Module):
-    """The last norm, modulated by the noise level through the same embedding as the blocks."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = RMSNorm(width)
-        self.modulation = nn.Linear(6 * width, 2 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(time)).chunk(2, -1)
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel pairs (i, i + d/2) of x [B, heads, N, d] by the angles of cos and sin."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def build_head(codec: TokenCodec, config: JiTConfig, slots: int) -> nn.Module:
@@ -506,10 +403,6 @@ def config_of_name(name: str, **options) -> JiTConfig:
         raise ValueError(f"unknown model {name!r}; available: {', '.join(model_names())}")
     depth, width, heads, bottleneck = SIZES[size]
     return JiTConfig(depth, width, heads, bottleneck, patch_size=int(patch), **options)
-
-
-def _frequencies(count: int, device) -> Tensor:
-    return 10_000.0 ** (-torch.arange(count, device=device) / count)
 
 
 def _seen_from_left_to_right(blocks: Tensor, length: int) -> Tensor:

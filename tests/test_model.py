@@ -9,7 +9,8 @@ from torch.distributions import Normal
 
 from ds_tokimg.codec import TokenCodec
 from ds_tokimg.diffusion import add_noise_to_timestep
-from ds_tokimg.model import JiT, JiTConfig, config_of_name, model_names, rotate
+from ds_tokimg.layers import rotate
+from ds_tokimg.model import JiT, JiTConfig, config_of_name, model_names
 from tests.tiny import tiny_model
 
 CODEC = TokenCodec(50)  # radix 4
