@@ -80,7 +80,8 @@ def print_growth(title: str, unit: str, models: dict[int, tuple[str, int]], repe
 
 def print_corpora(sizes: list[float]) -> None:
     print("## Corpus\n")
-    print("Tokenised by a first process, opened by a second one; memory is the peak of the process and its children.\n")
+    print("Tokenised by a first process, opened by a second one; memory is the peak of the process and its children,")
+    print("with the pages of the cache file that counting all tokens brings in.\n")
     head = ("MB", "million tokens", "tokenised, MB/s", "peak MB", "opened, s", "an epoch's order, s", "32 images, ms")
     print_table(*head, "tokens counted, s", "peak MB once open")
     from ds_tokimg.corpus import read_texts
