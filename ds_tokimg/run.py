@@ -91,6 +91,8 @@ class Run:
 
     def _metrics(self, result, epoch: int) -> dict:
         sums, pace = result.sums, self.speed.read()
+        # A machine that was busy when its peak was measured has done better since.
+        self.peak = max(self.peak, pace.flops / pace.seconds)
         row = {
             "step": result.step,
             "epoch": epoch,
