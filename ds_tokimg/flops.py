@@ -47,7 +47,7 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
 
     learned_input = hasattr(model.head, "token_input")
     flops = linear(model.patch_embed[0], positions, hidden if learned_input else data)
-    flops += linear(model.patch_embed[1], positions)
+    flops += linear(model.patch_embed[1], positions) + linear(model.before_embed, positions)
     flops += linear(model.time_embed.mlp[0], times, data) + linear(model.time_embed.mlp[2], times)
     flops += linear(model.time_embed.modulation, times)
     for block in model.blocks:

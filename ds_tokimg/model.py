@@ -34,6 +34,7 @@ SIZES = {
 PATCH_SIZES = (2, 4, 8)
 HEADS = ("posterior", "linear")
 POSITIONS = ("reading", "grid")
+NOISY, CLEAN = 0, 1  # kinds of segments
 # Up to this vocabulary a posterior over whole tokens costs less than the transformer of the smallest model.
 TOKEN_POSTERIOR_LIMIT = 4096
 
@@ -63,18 +64,22 @@ def model_names() -> list[str]:
 class Segment(NamedTuple):
     """Patches that enter the transformer together: the condition, the clean context, or the noisy patches."""
 
-    x: Tensor  # [B, n, C]
+    kind: int  # CLEAN or NOISY
+    own: Tensor  # [B, n, C], the embedding of each patch
+    before: Tensor  # [B, n, C], that of the patch before it, 0 where there is none
     time: Tensor  # [B, n or 1, 6C], modulation of their noise level
     valid: Tensor  # [B, n] bool
     positions: Tensor  # [B, n]
 
 
 class Memory:
-    """Clean patches that the transformer has read: their keys and values in every block, [B, heads, M, d] each."""
+    """Clean patches that the transformer has read: their keys and values in every block, [B, heads, M, d] each, and
+    the embedding of the one before the next block."""
 
     def __init__(self, depth: int, valid: Tensor):
         self.past: list[list[Tensor]] = [[] for _ in range(depth)]
         self.valid = valid  # [B, M] bool
+        self.last: Tensor | None = None  # [B, 1, C]; None before the image's first block
 
     def reading(self) -> list[list[Tensor]]:
         """The same for one pass, which may add to it without changing this."""
@@ -131,7 +136,8 @@ class JiT(nn.Module):
         self.patch_embed = nn.Sequential(
             nn.Linear(inputs, config.bottleneck, bias=False), nn.Linear(config.bottleneck, config.width)
         )
-        self.segment_embed = nn.Embedding(2, config.width)  # 0: image, 1: condition
+        self.before_embed = nn.Linear(config.width, config.width, bias=False)
+        self.segment_embed = nn.Embedding(2, config.width)  # by kind
         self.time_embed = TimestepEmbedding(config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.final = FinalLayer(config.width)
@@ -274,9 +280,14 @@ class JiT(nn.Module):
         valid = slot_mask.any(-1)
         if positions is None:
             positions = torch.arange(count, device=noisy.device).expand(batch, count)
-        segments = [Segment(self._embed(inputs, segment=0), self.time_embed(level), valid, positions)]
+        noisy_ones = self._segment(NOISY, inputs, level, valid, positions, None if memory is None else memory.last)
+        segments = [noisy_ones]
         if context is not None:
-            segments.insert(0, self._clean_segment(context[0], slot_mask, positions))
+            clean_ones = self._clean_segment(context[0], slot_mask, positions)
+            # The first patch of a block stands after a clean one.
+            starts = torch.diff(context[1], prepend=context[1][:1] - 1) != 0
+            before = torch.where(starts[:, None], clean_ones.before, noisy_ones.before)
+            segments = [clean_ones, noisy_ones._replace(before=before)]
         if condition is not None:
             segments.insert(0, self._prompt_segment(*condition))
         blocks = None if context is None else context[1]
@@ -293,10 +304,11 @@ class JiT(nn.Module):
         if positions is None:
             segment = self._prompt_segment(patches, slot_mask)
         else:
-            segment = self._clean_segment(patches, slot_mask, positions)
+            segment = self._clean_segment(patches, slot_mask, positions, None if memory is None else memory.last)
         if memory is None:
             memory = Memory(len(self.blocks), segment.valid[:, :0])
         self._transform([segment], past=memory.past, seen=memory.valid)
+        memory.last = None if positions is None else segment.own[:, -1:]
         memory.valid = torch.cat([memory.valid, segment.valid], 1)
         return memory
 
@@ -329,10 +341,15 @@ class JiT(nn.Module):
             return self.head.embed(value)
         return value.unflatten(-1, (self.slots, -1))
 
-    def _embed(self, inputs: Tensor, segment: int) -> Tensor:
-        """[B, N, F] -> [B, N, C]."""
-        # Through the module's forward, not its weight: ZeRO-3 gathers parameters when a module is called.
-        return self.patch_embed(inputs) + self.segment_embed(torch.tensor(segment, device=inputs.device))
+    def _segment(self, kind: int, inputs, level, valid, positions, last: Tensor | None = None) -> Segment:
+        """Inputs [B, n, F] at noise levels [B, n or 1], after a patch with embedding `last` (None: after none).
+
+        Every patch also shows the one before it, the shift of Peng et al., "RWKV" (2023), section 3.1: which token
+        follows which need not be found by attention first. Between a prompt and the image nothing is shown.
+        """
+        own = self.patch_embed(inputs)
+        last = torch.zeros_like(own[:, :1]) if last is None else last
+        return Segment(kind, own, torch.cat([last, own[:, :-1]], 1), self.time_embed(level), valid, positions)
 
     def _prompt_segment(self, patches: Tensor, slot_mask: Tensor) -> Segment:
         """The condition; its last patch gets position -1, so that it stands next to the image's first."""
@@ -340,11 +357,11 @@ class JiT(nn.Module):
         positions = torch.arange(count, device=patches.device) - slot_mask.any(-1).sum(1, keepdim=True)
         return self._clean_segment(patches, slot_mask, positions)
 
-    def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor) -> Segment:
+    def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor, last=None) -> Segment:
         """Patches that are shown without noise and not predicted."""
         level = patches.new_zeros(len(patches), 1)
         inputs, _ = self._inputs(patches, level, slot_mask, None)
-        return Segment(self._embed(inputs, segment=1), self.time_embed(level), slot_mask.any(-1), positions)
+        return self._segment(CLEAN, inputs, level, slot_mask.any(-1), positions, last)
 
     def _transform(self, segments: list[Segment], blocks: Tensor | None = None, past=None, seen=None) -> Tensor:
         """All segments through the transformer: [B, L, C], L positions in all.
@@ -352,12 +369,12 @@ class JiT(nn.Module):
         blocks: see `predict`. past: what each block of the transformer keeps of earlier positions, see `Attention`;
         seen: which of those are valid, [B, M].
         """
-        x = torch.cat([segment.x for segment in segments], 1)
+        x = torch.cat([self._embed(segment) for segment in segments], 1)
         valid = torch.cat([segment.valid for segment in segments], 1)
         positions = torch.cat([segment.positions for segment in segments], 1)
         time = segments[0].time
         if len(segments) > 1:
-            time = torch.cat([s.time.expand(-1, s.x.shape[1], -1) for s in segments], 1)
+            time = torch.cat([s.time.expand(-1, s.own.shape[1], -1) for s in segments], 1)
         rotation = self._rotation(positions)
         keys = (valid if seen is None else torch.cat([seen, valid], 1))[:, None, :]  # [B, 1 or L, M + L]
         if blocks is not None:
@@ -370,6 +387,12 @@ class JiT(nn.Module):
             else:
                 x = block(x, time, rotation, keys, None if past is None else past[index])
         return x
+
+    def _embed(self, segment: Segment) -> Tensor:
+        """[B, n, C]."""
+        # Through the module's forward, not its weight: ZeRO-3 gathers parameters when a module is called.
+        kind = self.segment_embed(torch.tensor(segment.kind, device=segment.own.device))
+        return segment.own + self.before_embed(segment.before) + kind
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE, each [B, 1, N, head_dim / 2] (Su et al. 2021; `grid`: half the channels an axis)."""
