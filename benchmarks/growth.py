@@ -41,11 +41,11 @@ def main() -> None:
 def print_models(repetitions: int) -> None:
     from ds_tokimg.model import SIZES
 
-    depth, width, heads, bottleneck = SIZES["XS"]
+    depth, width, heads = SIZES["XS"]
     print_growth("Batch", "images", {n: ("XS", n) for n in (1, 2, 4, 8, 16, 32)}, repetitions)
     for factor in (1, 2, 4):
-        SIZES[f"W{factor}"] = (depth, factor * width, factor * heads, bottleneck)
-        SIZES[f"D{factor}"] = (factor * depth, width, heads, bottleneck)
+        SIZES[f"W{factor}"] = (depth, factor * width, factor * heads)
+        SIZES[f"D{factor}"] = (factor * depth, width, heads)
     print_growth("Width", "channels", {f * width: (f"W{f}", 4) for f in (1, 2, 4)}, repetitions)
     print_growth("Depth", "blocks", {f * depth: (f"D{f}", 4) for f in (1, 2, 4)}, repetitions)
 

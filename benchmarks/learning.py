@@ -96,7 +96,7 @@ class Reference:
 
     def __init__(self, parts, config: TrainConfig, kind: type):
         self.parts, self.maker = parts, parts.batch_maker
-        depth, width, heads, _ = SIZES[config.model.removeprefix("JiT-").split("/")[0]]
+        depth, width, heads = SIZES[config.model.removeprefix("JiT-").split("/")[0]]
         vocab_size, eos = parts.layout.codec.vocab_size, parts.tokenizer.eos_token_id
         self.module = kind(vocab_size, eos, (depth, width, heads))
 

@@ -25,9 +25,6 @@ class TokenTransformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        for block in self.blocks:  # gates open: without noise levels nothing would open them from zero at once
-            with torch.no_grad():
-                block.offset.view(6, width)[[2, 5]] = 1.0
 
     def forward(self, ids: Tensor, keys: Tensor) -> Tensor:
         """ids [B, L], keys [B, 1, 1 or L, L] (who sees whom) -> logits [B, L, V]."""

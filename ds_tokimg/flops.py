@@ -46,8 +46,8 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
         return 2 * layer.in_features * layer.out_features * rows * passes
 
     learned_input = hasattr(model.head, "token_input")
-    flops = linear(model.patch_embed[0], positions, hidden if learned_input else data)
-    flops += linear(model.patch_embed[1], positions) + linear(model.before_embed, positions)
+    flops = linear(model.patch_embed, positions, hidden if learned_input else data)
+    flops += linear(model.before_embed, positions)
     flops += linear(model.time_embed.mlp[0], times, data) + linear(model.time_embed.mlp[2], times)
     flops += linear(model.time_embed.modulation, times)
     for block in model.blocks:
@@ -59,7 +59,8 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
         return flops + linear(model.head.output, samples * patches)
     inputs = 2 if model.config.self_conditioning and "self_condition" in batch and backward else 1
     flops += linear(model.head.token_input, positions * slots, data) * inputs
-    flops += linear(model.head.to_tokens, samples * patches)
+    if isinstance(model.head.to_tokens, nn.Linear):
+        flops += linear(model.head.to_tokens, samples * patches)
     return flops + linear(model.head.token_output, samples * patches * slots)
 
 

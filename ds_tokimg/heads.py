@@ -27,6 +27,9 @@ from ds_tokimg.posterior import TokenInput, TokenOutput
 # Noise below this is treated as this: finite log-likelihoods for clean patches, and still hundreds of nats between
 # neighbouring levels of the finest code (radix 256).
 MIN_SIGMA = 1e-4
+# Numbers that stand for a token, in and out: enough that a thousand tokens are told apart from the start, few enough
+# that the head of a wide model with many tokens a patch costs less than its blocks.
+MAX_TOKEN_WIDTH = 192
 
 
 class DigitHead(nn.Module):
@@ -89,19 +92,24 @@ class DigitHead(nn.Module):
 class TokenHead(nn.Module):
     """Posterior over whole tokens. Logits are [B, N, K, V]. Tokens of a patch share one embedding, in and out."""
 
-    def __init__(self, codec: TokenCodec, slots: int, width: int, token_width: int = 64):
+    def __init__(self, codec: TokenCodec, slots: int, width: int):
         super().__init__()
+        token_width = min(width, MAX_TOKEN_WIDTH)
         self.slots, self.radix, self.digits_per_token = slots, codec.radix, codec.digits_per_token
         self.features = slots * token_width
         self.register_buffer("digit_table", codec.digit_table, persistent=False)  # [V, D] uint8, see DigitHead
         self.token_input = TokenInput(codec.vocab_size, token_width, bias=False)
-        self.to_tokens = nn.Linear(width, slots * token_width)
+        # A product of two matrices learns slower than one: where the hidden state has the tokens' width, it is they.
+        is_direct = slots * token_width == width
+        self.to_tokens = nn.Identity() if is_direct else nn.Linear(width, slots * token_width)
         self.token_output = TokenOutput(token_width, codec.vocab_size)
         nn.init.normal_(self.token_input.weight, std=1.0)
-        nn.init.zeros_(self.to_tokens.weight)
-        nn.init.zeros_(self.to_tokens.bias)
         nn.init.normal_(self.token_output.weight, std=token_width**-0.5)
+        # At first the context says nothing.
+        nn.init.zeros_(self.token_output.weight if is_direct else self.to_tokens.weight)
         nn.init.zeros_(self.token_output.bias)
+        if not is_direct:
+            nn.init.zeros_(self.to_tokens.bias)
 
     def codebook(self) -> Tensor:
         """Colours of the tokens, [V, D] float32."""

@@ -1,9 +1,10 @@
 """JiT: a transformer that predicts the clean image from a noisy one, patch by patch.
 
-After Li & He, "Back to Basics: Let Denoising Generative Models Denoise" (2025): x-prediction, bottleneck patch
-embedding, RMSNorm, SwiGLU, RoPE, qk-norm, adaLN-Zero. One change: the modulation is computed once and shared by the
-blocks, each of which adds a learned offset (adaLN-single, Chen et al., PixArt-alpha, 2023), because a noise level of
-its own for every patch would otherwise cost half as much again as the blocks themselves.
+After Li & He, "Back to Basics: Let Denoising Generative Models Denoise" (2025): x-prediction, RMSNorm, SwiGLU,
+RoPE, qk-norm, adaLN-Zero. Changes: the modulation is computed once and shared by the blocks, each of which adds a
+learned offset (adaLN-single, Chen et al., PixArt-alpha, 2023), because a noise level of its own for every patch would
+otherwise cost half as much again as the blocks themselves; the patch embedding has no bottleneck, through which the
+tokens of a patch can hardly be told apart; and every patch shows the one before it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ds_tokimg.diffusion import alpha_sigma
 from ds_tokimg.heads import DigitHead, LinearHead, TokenHead
 from ds_tokimg.layers import Block, FinalLayer, TimestepEmbedding, rope_frequencies
 
-#                 depth, width, heads, bottleneck of the patch embedding
+#                 depth, width, heads
 SIZES = {
-    "XS": (6, 192, 6, 192),
-    "S": (12, 384, 6, 128),
-    "B": (12, 768, 12, 128),
-    "L": (24, 1024, 16, 128),
-    "H": (32, 1280, 16, 256),
+    "XS": (6, 192, 6),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "H": (32, 1280, 16),
 }
 PATCH_SIZES = (2, 4, 8)
 HEADS = ("posterior", "linear")
@@ -46,7 +47,6 @@ class JiTConfig:
     depth: int
     width: int
     heads: int
-    bottleneck: int
     patch_size: int = 4
     img_size: int = 64
     head: str = "posterior"
@@ -133,9 +133,7 @@ class JiT(nn.Module):
         inputs = pixels + self.head.features
         if config.self_conditioning:
             inputs += self.head.features or pixels
-        self.patch_embed = nn.Sequential(
-            nn.Linear(inputs, config.bottleneck, bias=False), nn.Linear(config.bottleneck, config.width)
-        )
+        self.patch_embed = nn.Linear(inputs, config.width)
         self.before_embed = nn.Linear(config.width, config.width, bias=False)
         self.segment_embed = nn.Embedding(2, config.width)  # by kind
         self.time_embed = TimestepEmbedding(config.width)
@@ -424,8 +422,7 @@ def config_of_name(name: str, **options) -> JiTConfig:
     size, _, patch = name.removeprefix("JiT-").partition("/")
     if not name.startswith("JiT-") or size not in SIZES or patch not in map(str, PATCH_SIZES):
         raise ValueError(f"unknown model {name!r}; available: {', '.join(model_names())}")
-    depth, width, heads, bottleneck = SIZES[size]
-    return JiTConfig(depth, width, heads, bottleneck, patch_size=int(patch), **options)
+    return JiTConfig(*SIZES[size], patch_size=int(patch), **options)
 
 
 def _seen_from_left_to_right(blocks: Tensor, length: int) -> Tensor:

@@ -457,11 +457,11 @@ def block_parameters(width, heads):
 @pytest.mark.parametrize(
     ("size", "depth", "width", "heads", "millions"),
     [
-        ("XS", 6, 192, 6, 4.1),
-        ("S", 12, 384, 6, 26),
-        ("B", 12, 768, 12, 98),
-        ("L", 24, 1024, 16, 323),
-        ("H", 32, 1280, 16, 664),
+        ("XS", 6, 192, 6, 5.0),
+        ("S", 12, 384, 6, 27),
+        ("B", 12, 768, 12, 102),
+        ("L", 24, 1024, 16, 332),
+        ("H", 32, 1280, 16, 668),
     ],
 )
 def test_named_sizes(size, depth, width, heads, millions):
@@ -524,6 +524,6 @@ def test_unknown_names_list_the_known(name):
     ],
 )
 def test_unknown_options(option, message):
-    shape = {"depth": 1, "width": 16, "heads": 1, "bottleneck": 4, "img_size": 16}
+    shape = {"depth": 1, "width": 16, "heads": 1, "img_size": 16}
     with pytest.raises(ValueError, match=message):
         JiT(CODEC, JiTConfig(**shape | option))

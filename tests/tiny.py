@@ -17,7 +17,7 @@ from ds_tokimg.model import JiT, JiTConfig, Prediction
 
 def tiny_model(codec: TokenCodec, *, trained: bool = True, **options) -> JiT:
     """A JiT of two small blocks. `trained`: every weight is random, so that no path through it is silent."""
-    shape = {"depth": 2, "width": 32, "heads": 2, "bottleneck": 16, "patch_size": 4, "img_size": 16}
+    shape = {"depth": 2, "width": 32, "heads": 2, "patch_size": 4, "img_size": 16}
     torch.manual_seed(0)
     model = JiT(codec, JiTConfig(**shape | options))
     if trained:
