@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_tokimg import tokenizer as tokenizers
 from ds_tokimg.config import Parser, UserError
-from ds_tokimg.sampler import SAMPLERS, SamplingOptions, sample
+from ds_tokimg.sampler import MAX_STEPS, SAMPLERS, STEPS_PER_TOKEN, SamplingOptions, sample
 from ds_tokimg.trained import WEIGHTS, TrainedModel, load_trained
 
 
@@ -39,7 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="what to answer, or, without conditions in training, to continue")
     add("--prompt_file", metavar="FILE", help="one prompt a line")
     add("--num_samples", type=int, default=1, metavar="N", help="texts, per prompt (default: 1)")
-    add("--num_inference_steps", type=int, default=defaults.steps, metavar="N", help="default: %(default)s")
+    add(
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help=f"network evaluations, of every block (default: {MAX_STEPS}, or {STEPS_PER_TOKEN} a token of a block)",
+    )
     add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="default: %(default)s")
     add(
         "--block_size",

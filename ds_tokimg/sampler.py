@@ -31,19 +31,22 @@ from ds_tokimg.rng import Stream, generator
 
 SAMPLERS = ("ancestral", "euler", "heun")
 START = 999.0  # the noisiest timestep
+# One step is enough for a block of one token, whose first posterior is already the right one.
+MAX_STEPS, STEPS_PER_TOKEN = 64, 4
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How to sample.
 
-    steps: network evaluations, of every block (two a step for `heun`, so half as many steps).
+    steps: network evaluations, of every block (two a step for `heun`, so half as many steps); None: MAX_STEPS, or, if
+        these are fewer, STEPS_PER_TOKEN for each token of a block.
     block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
     guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
     Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
     """
 
-    steps: int = 64
+    steps: int | None = None
     sampler: str = "ancestral"
     block_size: int = 0
     guidance_scale: float = 1.0
@@ -53,7 +56,7 @@ class SamplingOptions:
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
-        if self.steps < 1 or self.batch_size < 1:
+        if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
             raise ValueError("steps and batch_size must be at least 1")
         if self.block_size < 0:
             raise ValueError("block_size must be 0 (the whole image at once) or more")
@@ -206,7 +209,11 @@ class _Walk:
         return torch.where(self.fixed, self.fixed_ids, ids), invalid
 
     def _num_steps(self) -> int:
-        return max(1, self.options.steps // 2) if self.options.sampler == "heun" else self.options.steps
+        steps = self.options.steps
+        if steps is None:
+            block = self.options.block_size * self.layout.slots
+            steps = min(MAX_STEPS, STEPS_PER_TOKEN * block) if block else MAX_STEPS
+        return max(1, steps // 2) if self.options.sampler == "heun" else steps
 
     # ---- predictions ----
 
