@@ -24,7 +24,7 @@ def maker_of(layout="patch", timesteps="band", seed=0, **options):
 def test_packing_is_the_codec_in_patches(token_size, patch_size, layout):
     """Colours of the packed ids, put together as an image, are what the codec encodes."""
     codec = TokenCodec(50, token_size)
-    model = JiT(codec, JiTConfig(1, 16, 1, 4, patch_size=patch_size, img_size=16))
+    model = JiT(codec, JiTConfig(1, 16, 1, patch_size=patch_size, img_size=16))
     packer = PatchLayout(codec, 16, patch_size, layout)
     capacity = codec.capacity(16)
     texts = random_texts(50, [capacity, capacity // 3 + 1, 1, 0]).texts
@@ -38,7 +38,7 @@ def test_packing_is_the_codec_in_patches(token_size, patch_size, layout):
 
 @pytest.mark.parametrize("layout", ["patch", "raster"])
 def test_patches_of_every_length(layout):
-    model = JiT(CODEC, JiTConfig(1, 16, 1, 4, img_size=16))
+    model = JiT(CODEC, JiTConfig(1, 16, 1, img_size=16))
     packer = PatchLayout(CODEC, 16, 4, layout)
     for length in range(257):
         _, mask = CODEC.encode(np.zeros(length, int), 16, layout)

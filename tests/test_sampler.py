@@ -171,11 +171,11 @@ def test_evaluations(sampler, steps):
 
 @pytest.mark.parametrize(("block_size", "steps"), [(0, 64), (1, 16), (2, 32), (16, 64)])
 def test_evaluations_unless_told(block_size, steps):
-    """Four for each of the 16 tokens of a patch, 64 at most."""
-    model = tiny_model(CODEC).eval()
+    """Four for each token of a block, whose patches hold four, 64 at most."""
+    model = tiny_model(CODEC, patch_size=2).eval()
     times, original = [], model.predict
     model.predict = lambda z, t, *a, **k: times.append(float(t[0])) or original(z, t, *a, **k)
-    sample(model, [16], SamplingOptions(block_size=block_size))
+    sample(model, [4], SamplingOptions(block_size=block_size))
     assert len(times) == len(set(times)) == steps
 
 

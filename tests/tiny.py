@@ -66,7 +66,7 @@ class ExactModel(nn.Module):
     def __init__(self, codec: TokenCodec, texts: dict[tuple[int, ...], float], patch_size: int = 1, img_size: int = 4):
         super().__init__()
         self.codec = codec
-        self.config = JiTConfig(1, 4, 1, 4, patch_size=patch_size, img_size=img_size, posterior="tokens")
+        self.config = JiTConfig(1, 4, 1, patch_size=patch_size, img_size=img_size, posterior="tokens")
         self.slots = (patch_size // codec.token_size) ** 2
         self.head = TokenHead(codec, self.slots, 4)
         self.texts = torch.tensor(list(texts))  # [texts, length]
