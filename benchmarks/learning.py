@@ -1,7 +1,9 @@
 """Bits per byte of held-out text for the compute spent: the trainer's recipe, its ablations, and honest references.
 
-    python benchmarks/learning.py --system ours --corpus data/web_narrative.txt --positions 1e6 [--set NAME=VALUE ...]
+    python benchmarks/learning.py --system ours --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
     python benchmarks/learning.py --table
+
+Corpora: the bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text.
 
 Every run adds a line to benchmarks/learning.jsonl; `--table` prints all lines as the table of learning.md. All systems
 share blocks, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward and
@@ -13,6 +15,8 @@ import dataclasses
 import json
 import math
 import sys
+import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,8 +37,10 @@ from ds_tokimg.ranks import OnlyRank  # noqa: E402
 from ds_tokimg.setup import assemble  # noqa: E402
 
 # The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
-RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}
-REFERENCE = {
+RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024, "token_size": 2, "block_size": 1}
+# All patches at once, four tokens each.
+PLAIN = {"token_size": 1, "block_size": 0}
+REFERENCE = PLAIN | {
     "head": "linear",
     "objective": "mse",
     "timesteps": "uniform",
@@ -45,6 +51,7 @@ REFERENCE = {
 }
 SYSTEMS = {
     "ours": {},
+    "plain": PLAIN,
     "reference": REFERENCE,
     "repaired": REFERENCE | {"radix": None, "timesteps": "band", "layout": "patch"},
     "autoregressive": {},
@@ -52,6 +59,20 @@ SYSTEMS = {
 }
 EMA_DECAY = 0.9999
 RESULTS = ROOT / "benchmarks" / "learning.jsonl"
+
+
+def corpus_settings(name: str, folder: str) -> dict:
+    """The settings that name a corpus; what has to be written is written into the folder."""
+    if name == "web_narrative":
+        return {"data_path": str(ROOT / "data" / "web_narrative.txt")}
+    library = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
+    files = sorted(file for file in library.rglob("*.py") if not left_out & set(file.relative_to(library).parts))
+    path = Path(folder) / "python.jsonl"
+    with open(path, "w") as corpus:
+        corpus.writelines(json.dumps({"text": file.read_text(errors="replace")}) + "\n" for file in files)
+    # As many held-out tokens as in the other corpus, for the same time and error.
+    return {"data_path": str(path), "eval_fraction": 0.02}
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -67,7 +88,7 @@ class Ours:
 
     def __init__(self, parts, config: TrainConfig, extra: dict):
         self.parts, self.config, self.module = parts, config, parts.module
-        self.block_sizes = extra.get("blocks", [0])
+        self.block_sizes = extra.get("blocks", [config.block_size])
         self.maker = parts.batch_maker
 
     def loss(self, indices, step: int, epoch: int, positions) -> tuple[torch.Tensor, float]:
@@ -122,15 +143,41 @@ class Reference:
 def print_table() -> None:
     """The results so far: least compute first, then least bits."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    print("| corpus | system | settings | batch | steps | M positions | M tokens | path | bits/token | bits/byte |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    names = "corpus system settings seed batch positions tokens seconds path bits/token bits/byte gap".split()
+    print("| " + " | ".join(names) + " |")
+    print("|---" * len(names) + "|")
     for row in sorted(rows, key=lambda row: (row["corpus"], row["positions"], min(_bits_per_byte(row)))):
+        curve = autoregressive_curve(rows, row["corpus"])
         for path, figures in row["bits"].items():
-            cells = [row["corpus"], row["system"], " ".join(row["set"]), row["batch"], row["steps"]]
-            cells += [f"{row['positions'] / 1e6:.2f}", f"{row['tokens'] / 1e6:.2f}"]
+            cells = [row["corpus"], row["system"], " ".join(row["set"]), row["seed"], row["batch"]]
+            cells += [f"{row['positions'] / 1e6:.2f} M", f"{row['tokens'] / 1e6:.2f} M", f"{row['seconds']:.0f}"]
             cells += [f"blocks of {path}" if path != "0" else "plain"]
             cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]
+            cells += [compute_gap(row["positions"], figures["bits_per_byte"], curve)]
             print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def autoregressive_curve(rows: list[dict], corpus: str) -> list[tuple[float, float]]:
+    """(positions, bits per byte) of the autoregressive reference: its best at each budget, while more compute helps."""
+    curve: list[tuple[float, float]] = []
+    same = [row for row in rows if row["system"] == "autoregressive" and row["corpus"] == corpus]
+    for row in sorted(same, key=lambda row: (row["positions"], min(_bits_per_byte(row)))):
+        if not curve or min(_bits_per_byte(row)) < curve[-1][1]:
+            curve.append((row["positions"], min(_bits_per_byte(row))))
+    return curve
+
+
+def compute_gap(positions: float, bits_per_byte: float, curve: list[tuple[float, float]]) -> str:
+    """How many times the compute of the autoregressive reference at the same bits per byte: linear between its
+    measurements, in the logarithm of the compute; a bound where it was not measured that far."""
+    if not curve:
+        return ""
+    if bits_per_byte > curve[0][1]:
+        return f"> {positions / curve[0][0]:.1f}"
+    if bits_per_byte < curve[-1][1]:
+        return f"< {positions / curve[-1][0]:.1f}"
+    spent, bits_then = zip(*reversed(curve), strict=True)
+    return f"{positions / math.exp(np.interp(bits_per_byte, bits_then, np.log(spent))):.1f}"
 
 
 def _bits_per_byte(row: dict) -> list[float]:
@@ -143,9 +190,10 @@ def prepare(arguments):
     extra = {name: _value(value) for name, value in extra.items()}
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     settings = RECIPE | SYSTEMS[arguments.system] | {k: v for k, v in extra.items() if k in fields}
-    config = TrainConfig(data_path=arguments.corpus, seed=arguments.seed, **settings)
-    config.validate()
-    parts = assemble(config, OnlyRank(), None)
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(seed=arguments.seed, **settings | corpus_settings(arguments.corpus, folder))
+        config.validate()
+        parts = assemble(config, OnlyRank(), None)
     torch.manual_seed(arguments.seed)
     kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
     if arguments.system in kinds:
@@ -202,14 +250,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--system", choices=SYSTEMS, default="ours")
-    add("--corpus", default=str(ROOT / "data" / "web_narrative.txt"))
+    add("--corpus", choices=["web_narrative", "python"], default="web_narrative")
     add("--positions", type=float, default=1e6)
     add("--batch", type=int, default=16)
     add("--lr", type=float, default=3e-3)
     add("--seed", type=int, default=0)
     add("--levels", type=int, default=8, help="noise levels a text is evaluated at")
-    add("--paths", type=int, nargs="*", default=[0], help="block sizes of the bounds to measure; 0: all at once")
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the trainer; blocks=[0,1]")
+    add("--paths", type=int, nargs="*", help="block sizes of the bounds to measure (default: those trained)")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the trainer; blocks=[1,4]: in turn")
     add("--note", default="", help="kept with the result")
     add("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
@@ -217,13 +265,14 @@ def main() -> None:
         return print_table()
     keep_freed_memory()
     system = prepare(arguments)
-    row = {"system": arguments.system, "corpus": Path(arguments.corpus).name, "set": arguments.set}
+    row = {"system": arguments.system, "corpus": arguments.corpus, "set": arguments.set}
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
     row |= train(system, arguments)
     system.module.eval()
     parameters = sum(p.numel() for p in system.module.model.blocks.parameters())
     row |= {"parameters": parameters, "threads": torch.get_num_threads()}
-    row["bits"] = {path: system.bits(path, arguments.levels) for path in arguments.paths}
+    paths = arguments.paths or getattr(system, "block_sizes", [0])
+    row["bits"] = {path: system.bits(path, arguments.levels) for path in paths}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.learning import autoregressive_curve, compute_gap
 from benchmarks.lengths import valid_shares
 from benchmarks.timing import ratios, spread, take_turns
 from ds_tokimg.config import TrainConfig
@@ -74,3 +75,15 @@ def test_every_script_prints_its_tables(script, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("# ") and "|---|" in done.stdout
+
+
+def test_compute_gap_is_read_off_the_reference_at_equal_bits():
+    def row(positions, bits, system="autoregressive", corpus="text"):
+        bits = {"0": {"bits_per_byte": bits}}
+        return {"system": system, "corpus": corpus, "positions": positions, "bits": bits}
+
+    rows = [row(100, 4.0), row(400, 2.0), row(400, 3.0), row(800, 2.5), row(50, 1.0, "ours"), row(50, 1.0, corpus="-")]
+    curve = autoregressive_curve(rows, "text")
+    assert curve == [(100, 4.0), (400, 2.0)]  # the best of equal budgets; more compute that did not help is left out
+    assert compute_gap(600, 3.0, curve) == "3.0"  # between 100 and 400, in the logarithm: at 200
+    assert compute_gap(600, 4.5, curve) == "> 6.0" and compute_gap(600, 1.5, curve) == "< 1.5"
