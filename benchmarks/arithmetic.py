@@ -1,12 +1,13 @@
 """Prompt -> answer that can be checked: sums of numbers below 100, a fifth of all pairs held out.
 
-    python benchmarks/arithmetic.py [--seconds N] [--steps 8 32] [train flag ...]
+    python benchmarks/arithmetic.py [--steps 1 8] [--guidance 0 1 2] [train flag ...]
 
 Trains with the trainer as a user would, writes the answers of all held-out problems, and prints a row of
-arithmetic.md for each number of sampling steps: the share of answers that are right to the last character.
+arithmetic.md for each way of sampling: the share of answers that are right to the last character.
 """
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -57,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 32], help="numbers of sampling steps")
     parser.add_argument("--samplers", nargs="*", default=["ancestral"])
+    parser.add_argument("--guidance", nargs="*", default=["1"], help="guidance scales")
     arguments, flags = parser.parse_known_args()
     train, held_out = problems()
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,11 +67,11 @@ def main() -> None:
         data += ["--eval_data_path", str(write(folder / "held_out.jsonl", held_out))]
         output = folder / "run"
         seconds = run("train", *data, "--output_dir", str(output), *RECIPE, *flags)
-        for sampler in arguments.samplers:
-            for steps in arguments.steps:
-                options = ["--num_inference_steps", str(steps), "--sampler", sampler]
-                share = exact_match(output, folder, held_out, options)
-                print(f"| {' '.join(flags)} | {seconds:.0f} | {sampler} | {steps} | {100 * share:.1f} % |", flush=True)
+        for sampler, steps, scale in itertools.product(arguments.samplers, arguments.steps, arguments.guidance):
+            options = ["--sampler", sampler, "--num_inference_steps", str(steps), "--guidance_scale", scale]
+            share = exact_match(output, folder, held_out, options)
+            cells = [" ".join(flags), f"{seconds:.0f}", sampler, steps, scale, f"{100 * share:.1f} %"]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
