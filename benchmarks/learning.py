@@ -34,6 +34,7 @@ from ds_tokimg.loader import TrainBatchSampler  # noqa: E402
 from ds_tokimg.model import SIZES  # noqa: E402
 from ds_tokimg.optimizer import build_optimizer  # noqa: E402
 from ds_tokimg.ranks import OnlyRank  # noqa: E402
+from ds_tokimg.sampler import SamplingOptions, sample  # noqa: E402
 from ds_tokimg.setup import assemble  # noqa: E402
 
 # The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
@@ -100,6 +101,10 @@ class Ours:
             computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed
 
+    def write(self, count: int, length: int, steps: int | None) -> list[list[int]]:
+        options = SamplingOptions(steps=steps, block_size=self.block_sizes[0])
+        return sample(self.module.model, [length] * count, options)[0]
+
     def bits(self, block_size: int, levels: int) -> dict:
         bound = bound_of(
             self.module,
@@ -130,6 +135,9 @@ class Reference:
     def loss(self, indices, step, epoch, positions):
         ids, mask = self.batch(self.parts.train_set, indices)
         return self.module.loss_of(ids, mask).sum() / mask.sum(), ids.numel()
+
+    def write(self, count: int, length: int, steps: None) -> list[list[int]]:
+        return self.module.sample(count, length, seed=0).tolist()
 
     def bits(self, block_size: int, levels: int) -> dict:
         held_out, nats, tokens = self.parts.eval_set, 0.0, 0
@@ -246,6 +254,23 @@ def train(system, arguments) -> dict:
     raise AssertionError
 
 
+def write_texts(system, arguments) -> None:
+    """Texts of the system, of the training set and real ones that were held out, as `benchmarks/text.py` reads them:
+    a JSON list of strings each, all of as many tokens."""
+    folder, parts = Path(arguments.write), system.parts
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"train": [parts.train_set.ids(i) for i in range(len(parts.train_set))]}
+    texts["real"] = [parts.eval_set.ids(i) for i in range(len(parts.eval_set))]
+    for steps in arguments.steps or [None]:
+        begun = time.perf_counter()
+        name = arguments.system if steps is None else f"{arguments.system} {steps} steps"
+        texts[name] = system.write(arguments.texts, RECIPE["max_tokens"], steps)
+        print(f"{name}: {arguments.texts} texts in {time.perf_counter() - begun:.0f} s", flush=True)
+    for name, rows in texts.items():
+        strings = [parts.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
+        (folder / f"{name}.json").write_text(json.dumps(strings, ensure_ascii=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -259,6 +284,9 @@ def main() -> None:
     add("--paths", type=int, nargs="*", help="block sizes of the bounds to measure (default: those trained)")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the trainer; blocks=[1,4]: in turn")
     add("--note", default="", help="kept with the result")
+    add("--write", metavar="DIR", help="write texts of the trained system there, for text.py")
+    add("--texts", type=int, default=200, help="how many")
+    add("--steps", type=int, nargs="*", help="sampling steps, one file each (default: as many as `generate` takes)")
     add("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
     if arguments.table:
@@ -276,6 +304,8 @@ def main() -> None:
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))
+    if arguments.write:
+        write_texts(system, arguments)
     return None
 
 

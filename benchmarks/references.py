@@ -26,14 +26,19 @@ class TokenTransformer(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, ids: Tensor, keys: Tensor) -> Tensor:
-        """ids [B, L], keys [B, 1, 1 or L, L] (who sees whom) -> logits [B, L, V]."""
+    def forward(self, ids: Tensor, keys: Tensor | None, past: list[list[Tensor]] | None = None) -> Tensor:
+        """ids [B, L], keys [B, 1, 1 or L, L] (who sees whom; None: all) -> logits [B, L, V].
+
+        past: keys and values of earlier positions, one list a block, brought up to date (see `Attention`).
+        """
         x = self.embed(ids)
-        angles = torch.arange(ids.shape[1])[:, None] * rope_frequencies(self.half_head, ids.device)
+        first = past[0][0].shape[2] if past and past[0] else 0
+        places = torch.arange(first, first + ids.shape[1])
+        angles = places[:, None] * rope_frequencies(self.half_head, ids.device)
         rotation = (angles.cos()[None, None], angles.sin()[None, None])
         no_noise = x.new_zeros(1, 1, 6 * x.shape[-1])
-        for block in self.blocks:
-            x = block(x, no_noise, rotation, keys)
+        for index, block in enumerate(self.blocks):
+            x = block(x, no_noise, rotation, keys, None if past is None else past[index])
         return self.out(self.norm(x))
 
 
@@ -61,13 +66,12 @@ class Autoregressive(nn.Module):
     @torch.no_grad()
     def sample(self, count: int, length: int, seed: int) -> Tensor:
         """Texts of `length` ids: [count, length]."""
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.full((count, 1), self.eos_id)
-        causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-        for place in range(length):
-            logits = self.model(ids, causal[..., : place + 1, : place + 1])[:, -1].float()
-            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
-        return ids[:, 1:]
+        generator, past = torch.Generator().manual_seed(seed), [[] for _ in self.model.blocks]
+        ids = [torch.full((count, 1), self.eos_id)]
+        for _ in range(length):
+            logits = self.model(ids[-1], None, past)[:, -1].float()
+            ids.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        return torch.cat(ids[1:], 1)
 
 
 class MaskedDiffusion(nn.Module):

@@ -1,5 +1,6 @@
 """The benchmarks compare like with like, and every script runs."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import learning
 from benchmarks.learning import autoregressive_curve, compute_gap
 from benchmarks.lengths import valid_shares
+from benchmarks.text import Judge, distinct, entropy
 from benchmarks.timing import ratios, spread, take_turns
 from ds_tokimg.config import TrainConfig
 from tests.distributed import run_ranks
@@ -87,3 +90,29 @@ def test_compute_gap_is_read_off_the_reference_at_equal_bits():
     assert curve == [(100, 4.0), (400, 2.0)]  # the best of equal budgets; more compute that did not help is left out
     assert compute_gap(600, 3.0, curve) == "3.0"  # between 100 and 400, in the logarithm: at 200
     assert compute_gap(600, 4.5, curve) == "> 6.0" and compute_gap(600, 1.5, curve) == "< 1.5"
+
+
+def test_word_salad_and_repetition_are_told_from_text():
+    lines = (ROOT / "data" / "web_narrative.txt").read_text().splitlines()[:600]
+    judge, real = Judge(lines[50:], order=5), [line for line in lines[:50] if len(line) > 100]
+    salad = [" ".join(np.random.default_rng(0).permutation(line.split())) for line in real]
+    assert judge.bits_per_character(salad) > judge.bits_per_character(real) + 0.3
+    assert judge.bits_per_character(["\u2603" * 20]) > 8  # characters that the judge never saw
+    words, repeated = [line.split() for line in real], [line.split()[:5] * 5 for line in real]
+    assert distinct(repeated, 3) < 0.5 * distinct(words, 3) < distinct([line.split() for line in salad], 3)
+    assert entropy(list("abab")) == 1.0 and entropy(list("aaaa")) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["ours", "autoregressive"])
+def test_learning_trains_measures_and_writes_texts(system, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "RESULTS", tmp_path / "rows.jsonl")
+    flags = ["--system", system, "--positions", "4000", "--batch", "2", "--levels", "1", "--texts", "2"]
+    monkeypatch.setattr(sys, "argv", ["learning.py", *flags, "--write", str(tmp_path / "texts")])
+    learning.main()
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    path = "1" if system == "ours" else "0"
+    assert 5 < row["bits"][path]["bits_per_token"] < 11 and row["positions"] == pytest.approx(4000, rel=0.3)
+    written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "texts").iterdir()}
+    assert written.keys() == {"train", "real", system}
+    assert len(written[system]) == 2 and all(len(text) > 100 for text in written[system])

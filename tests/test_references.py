@@ -52,6 +52,15 @@ def test_the_masked_bound_is_the_mean_over_all_masks():
     assert float(model.bound_nats(one, mask, 1000)) == pytest.approx(exact, rel=0.08)
 
 
+def test_sampling_remembers_what_it_has_read():
+    """One token at a time with remembered keys and values gives the logits of the whole text at once."""
+    model = trained(Autoregressive).model
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    past = [[] for _ in model.blocks]
+    one_by_one = torch.cat([model(IDS[:, [place]], None, past) for place in range(12)], 1)
+    torch.testing.assert_close(one_by_one, model(IDS, causal), rtol=1e-4, atol=1e-4)
+
+
 def test_samples_come_from_the_model():
     model = trained(Autoregressive)
     samples = model.sample(2000, 1, seed=0)[:, 0]
