@@ -37,7 +37,7 @@ def environment(tmp_path_factory, project) -> dict:
 
 def commands(language: str = "bash") -> list[str]:
     blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
-    return [line for block in blocks for line in block.splitlines() if line]
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line]
 
 
 def call(command: str, project: Path, environment: dict) -> str:
