@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,13 +15,18 @@ from ds_tokimg.config import Parser, UserError
 from ds_tokimg.sampler import MAX_STEPS, SAMPLERS, STEPS_PER_TOKEN, SamplingOptions, sample
 from ds_tokimg.trained import WEIGHTS, TrainedModel, load_trained
 
+GAP = re.compile(r"<gap:(\d+)>")
+
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts = _prompts(arguments)
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
     options = _options(arguments, trained.format.block_size)
-    texts = generate(trained, prompts, options, arguments.max_new_tokens)
+    if arguments.infill is not None:
+        texts = infill(trained, arguments.infill, options, arguments.num_samples)
+    else:
+        texts = generate(trained, prompts, options, arguments.max_new_tokens)
     show(texts)
     if arguments.save_images:
         save_images(trained, texts, Path(arguments.save_images))
@@ -38,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
     add("--prompt", metavar="TEXT", help="what to answer, or, without conditions in training, to continue")
     add("--prompt_file", metavar="FILE", help="one prompt a line")
+    add("--infill", metavar="TEXT", help="fill gaps of N tokens, written <gap:N>; all else stays as it is")
     add("--num_samples", type=int, default=1, metavar="N", help="texts, per prompt (default: 1)")
     add(
         "--num_inference_steps",
@@ -66,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 def _prompts(arguments) -> list[str | None]:
     if arguments.prompt is not None and arguments.prompt_file is not None:
         raise UserError("give --prompt or --prompt_file, not both")
+    if arguments.infill is not None and (arguments.prompt or arguments.prompt_file or arguments.max_new_tokens):
+        raise UserError("--infill takes its length from its text, and no --prompt, --prompt_file or --max_new_tokens")
     if arguments.num_samples < 1:
         raise UserError(f"--num_samples {arguments.num_samples}: at least 1")
     prompts = [arguments.prompt]
@@ -117,9 +126,48 @@ def generate(
         lengths = [min(room, start + length) for start in starts]
         given = [dict(enumerate(prompt)) for prompt in ids] if any(starts) else None
         rows, invalid = sample(trained.model, lengths, options, given=given)
+    _report(invalid)
+    return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
+
+
+def infill(trained: TrainedModel, text: str, options: SamplingOptions, count: int = 1) -> list[dict]:
+    """`count` fillings of a text with gaps (`<gap:N>`, N tokens each): dicts as those of `generate`.
+
+    What stands between the gaps stays, token by token. A model sees both sides of a gap when the whole image is
+    written at once (block_size 0), and only what stands before it from left to right. Raises UserError for a text
+    without a gap, or one that does not fit, or a model that was trained to answer.
+    """
+    if trained.format.enable_condition:
+        raise UserError("--infill: this model was trained with --enable_condition; it answers a --prompt instead")
+    known, length = _known_tokens(trained, text)
+    if length > trained.format.max_tokens:
+        raise UserError(f"--infill: {length} tokens with the gaps; the image holds {trained.format.max_tokens}")
+    rows, invalid = sample(trained.model, [length] * count, options, given=[known] * count)
+    _report(invalid)
+    texts = [trained.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [
+        {"prompt": text, "text": filled, "token_ids": row, "num_tokens": length, "image_ids": row}
+        for filled, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _known_tokens(trained: TrainedModel, text: str) -> tuple[dict[int, int], int]:
+    """Of a text with gaps: {place: token id}, and how many tokens it has with its gaps."""
+    pieces = GAP.split(text)  # text, N, text, N, … text
+    gaps = [int(size) for size in pieces[1::2]]
+    if not any(gaps):
+        raise UserError(f"--infill {text[:40]!r}: no gap to fill; write one of 8 tokens as <gap:8>")
+    known, place = {}, 0
+    for piece, gap in zip(pieces[::2], [*gaps, 0], strict=True):
+        ids = tokenizers.encode(trained.tokenizer, [piece])[0].tolist()
+        known |= dict(enumerate(ids, start=place))
+        place += len(ids) + gap
+    return known, place
+
+
+def _report(invalid: int) -> None:
     if invalid:
         print(f"{invalid} colours were no token; the nearest was taken")
-    return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
 
 
 def _prompt_ids(trained: TrainedModel, prompt: str) -> list[int]:

@@ -51,7 +51,7 @@ def _train(dist, flags: list[str]) -> str:
     from ds_tokimg import ds_config, model, train
     from ds_tokimg.config import TrainConfig
 
-    model.SIZES["XS"] = (2, 32, 2, 16)
+    model.SIZES["XS"] = (2, 32, 2)
     config = TrainConfig.from_args(flags)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.train(config, ds_config.read(config.deepspeed_config), dist)

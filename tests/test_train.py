@@ -147,6 +147,25 @@ def test_a_prompt_is_continued_by_a_model_without_conditions(run, tmp_path):
     assert json.loads(json_file.read_text())[0]["prompt"] == "the old house"
 
 
+@pytest.mark.parametrize("block_size", ["0", "1"])
+def test_gaps_are_filled_and_all_else_stays(block_size, run, tmp_path):
+    from ds_tokimg.tokenizer import encode
+    from ds_tokimg.trained import load_trained
+
+    text, json_file = "the <gap:5> house was<gap:3>", tmp_path / "texts.json"
+    flags = ["--infill", text, "--num_samples", "2", "--block_size", block_size, "--json", str(json_file)]
+    assert main(["generate", "--checkpoint", str(run[0]), "--num_inference_steps", "4", *flags]) == 0
+    first, second = json.loads(json_file.read_text())
+    tokenizer = load_trained(str(run[0])).tokenizer
+    known = [encode(tokenizer, [piece])[0].tolist() for piece in ("the ", " house was")]
+    for filled in (first, second):
+        ids, behind = filled["token_ids"], len(known[0]) + 5
+        assert ids[: len(known[0])] == known[0] and ids[behind : behind + len(known[1])] == known[1]
+        assert filled["num_tokens"] == len(ids) == behind + len(known[1]) + 3
+        assert filled["prompt"] == text and filled["text"].startswith("the ") and " house was" in filled["text"]
+    assert first["token_ids"] != second["token_ids"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
