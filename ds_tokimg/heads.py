@@ -103,8 +103,9 @@ class TokenHead(nn.Module):
         is_direct = slots * token_width == width
         self.to_tokens = nn.Identity() if is_direct else nn.Linear(width, slots * token_width)
         self.token_output = TokenOutput(token_width, codec.vocab_size)
-        # Large beside the raw values, so that which token it may be outweighs their noise from the start.
-        nn.init.normal_(self.token_input.weight, std=3.0)
+        # A token alone in its patch outweighs the noise of the raw values from the start. Tokens that share a patch
+        # mix anyhow, and learn sooner when steps of the usual size move them far. (Each is worse off with the other.)
+        nn.init.normal_(self.token_input.weight, std=3.0 if slots == 1 else 0.2)
         nn.init.normal_(self.token_output.weight, std=token_width**-0.5)
         # At first the context says nothing.
         nn.init.zeros_(self.token_output.weight if is_direct else self.to_tokens.weight)
