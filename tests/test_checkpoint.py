@@ -100,7 +100,7 @@ def test_resumes_on_another_topology(source, target, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "target"), itertools.permutations(TOPOLOGIES, 2))
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(TOPOLOGIES, 2)))
 def test_resumes_on_every_topology(source, target, trained):
     _assert_elastic(trained(source), target)
 
