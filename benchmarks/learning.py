@@ -96,6 +96,8 @@ class Ours:
         self.maker.block_size = self.block_sizes[step % len(self.block_sizes)]
         batch = self.maker(self.parts.train_set, indices, positions, epoch)
         result = self.module(batch)
+        if self.module.schedule is not None:
+            self.module.schedule.update(result)
         computed = batch["ids"].shape[0] * batch["ids"].shape[1] * (2 if "blocks" in batch else 1)
         if "self_condition" in batch:
             computed *= 4 / 3

@@ -89,7 +89,7 @@ class TrainConfig:
     compile: bool = _model(False, "compile the blocks: faster steps, a slow start (a CPU needs a C++ compiler)")
 
     objective: str = _objective("ce", "cross-entropy, squared error or weighted bound", ("ce", "mse", "elbo"))
-    timesteps: str = _objective("band", "where noise levels lie", ("band", "uniform", "logit_normal"))
+    timesteps: str = _objective("band", "where noise levels lie", ("band", "uniform", "logit_normal", "entropic"))
     block_size: int = _objective(0, "patches that lose their noise together, from left to right; 0: the whole image")
     patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
     self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")
@@ -239,6 +239,8 @@ class TrainConfig:
             problems.append("--data_path is missing: name a file or folder of texts, or a data set")
         if self.head == "linear" and self.objective == "ce":
             problems.append("--head linear has no digit posteriors for --objective ce: use mse or elbo")
+        if self.head == "linear" and self.timesteps == "entropic":
+            problems.append("--head linear has no cross-entropy for --timesteps entropic to follow: use band")
         if self.head == "linear" and self.posterior != "auto":
             problems.append(f"--head linear has no posterior: drop --posterior {self.posterior}")
         if self.resume is not None and self.init_from is not None:

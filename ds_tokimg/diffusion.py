@@ -27,7 +27,7 @@ LOG_SNR_MIN = -8.0
 MARGIN = 6.0
 # Noise levels whose information is computed together: as many as keep the numbers in the cache.
 _RATES_AT_ONCE = 8
-TIMESTEP_SAMPLERS = ("band", "uniform", "logit_normal")
+TIMESTEP_SAMPLERS = ("band", "uniform", "logit_normal", "entropic")
 
 
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,8 @@ class TimestepSampler:
 
     `band`: log-SNR uniform over the codec's readable band. `uniform`: integer t, uniform (the reference system).
     `logit_normal`: sigmoid of a normal with mean -0.8 and deviation 0.8 as the share of signal (JiT, section 4; its
-    time runs from noise to data).
+    time runs from noise to data). `entropic` begins as `band` and is then moved by `ds_tokimg.schedule`, while samples
+    are used; what is said here, for it, is what the band says.
     """
 
     def __init__(self, kind: str, radix: int):
@@ -158,11 +159,12 @@ class TimestepSampler:
             return torch.exp(-0.5 * ((logit + 0.8) / 0.8) ** 2) / (0.8 * math.sqrt(2 * math.pi)) * 0.5
         return self.band.holds(log_snr(t)) / (self.band.high - self.band.low)
 
-    def elbo_weight(self, t: Tensor) -> Tensor:
-        """What a squared error at timestep t (any shape) counts in the bound: SNR/2 over the density, float32.
+    def elbo_weight(self, t: Tensor, density: Tensor | None = None) -> Tensor:
+        """What a squared error at timestep t (any shape) counts in the bound: SNR/2 over the density with which t was
+        drawn (None: this sampler's), float32.
 
         0 where nothing is drawn and outside the bound's integral: at t = 0, above all, where it would be infinite.
         """
-        value, density = log_snr(t), self.density(t)
+        value, density = log_snr(t), self.density(t) if density is None else density
         counts = self.bound_range.holds(value) & (density > 0)
         return torch.where(counts, 0.5 * value.exp() / density, 0.0)

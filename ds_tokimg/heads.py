@@ -75,9 +75,11 @@ class DigitHead(nn.Module):
         """Of the posterior given the context: [B, N, K, D, radix]."""
         return output + evidence
 
-    def loss_sum(self, output: Tensor, evidence: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over the tokens whose mask [B, N, K] is True: scalar, float32."""
-        return (cross_entropy(self.logits(output, evidence), ids, self.digit_table) * mask).sum()
+    def loss_sum(self, output: Tensor, evidence: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats, summed over the tokens whose mask [B, N, K] is True: scalar, float32; and that of each
+        token, [B, N, K], without gradient."""
+        losses = cross_entropy(self.logits(output, evidence), ids, self.digit_table) * mask
+        return losses.sum(), losses.detach()
 
     def clean(self, logits: Tensor) -> Tensor:
         """The posterior mean, [B, N, P] in [-1, 1]."""
@@ -153,8 +155,9 @@ class TokenHead(nn.Module):
         with full_precision(evidence):
             return context + evidence @ self.book().T
 
-    def loss_sum(self, output: Tensor, evidence: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over the tokens whose mask [B, N, K] is True: scalar, float32."""
+    def loss_sum(self, output: Tensor, evidence: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats, summed over the tokens whose mask [B, N, K] is True: scalar, float32; and that of each
+        token, [B, N, K], without gradient."""
         return self.token_output(output, (evidence, self.book(), ids, mask))
 
     def clean(self, logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ds_tokimg.diffusion import TimestepSampler, add_noise_to_timestep
 from ds_tokimg.flops import train_flops
 from ds_tokimg.heads import cross_entropy
 from ds_tokimg.model import JiT, Prediction
+from ds_tokimg.schedule import EntropicSchedule
 
 OBJECTIVES = ("ce", "elbo", "mse")
 
@@ -74,7 +75,10 @@ class TrainingLoss(nn.Module):
             raise ValueError("objective ce needs head posterior; the linear head has no distribution over tokens")
         self.model, self.objective = model, objective
         self.measure_bound = False  # costs a softmax over all candidates that cross-entropy does not need
+        if timesteps == "entropic" and not model.head.features:
+            raise ValueError("timesteps entropic needs head posterior: it follows the cross-entropy of tokens")
         self.timesteps = TimestepSampler(timesteps, model.codec.radix)
+        self.schedule = EntropicSchedule(self.timesteps.band) if timesteps == "entropic" else None
         self.register_buffer("digit_table", model.codec.digit_table, persistent=False)  # [V, D] uint8
 
     def forward(self, batch: dict[str, Tensor], per_patch: bool = False) -> dict[str, Tensor]:
@@ -86,6 +90,8 @@ class TrainingLoss(nn.Module):
         With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
         objective), "squared_error" (digits summed), "correct" and "invalid" (tokens).
         """
+        if self.schedule is not None and not per_patch:  # the bound brings noise levels of its own
+            batch = batch | {"t": self.schedule.warp(batch["t"])}
         clean = self.colours(batch["ids"])
         noisy, _ = add_noise_to_timestep(clean, batch["t"], batch["noise"])
         condition = None
@@ -95,13 +101,12 @@ class TrainingLoss(nn.Module):
         earlier = self._first_pass(batch, noisy, seen)
         prediction = self.model.predict(noisy, batch["t"], batch["mask"], self_condition=earlier, **seen)
         level = batch["t"] if batch["t"].dim() == 2 else batch["t"][:, None]
-        target = Target(clean, batch["ids"], level, self.timesteps.elbo_weight(level), self.digit_table)
-        if self.objective == "ce" and not per_patch:
-            loss_sum = prediction.loss_sum(batch["ids"], batch["mask"])
-            return {"loss_sum": loss_sum} | self._progress(prediction, target, batch)
-        losses = token_losses(self.objective, prediction, target) * batch["mask"]  # [B, N, K]
+        target = Target(clean, batch["ids"], level, self._elbo_weight(level), self.digit_table)
         if not per_patch:
-            return {"loss_sum": losses.sum()} | self._progress(prediction, target, batch)
+            loss_sum, nats = self._loss_sum(prediction, target, batch["mask"])
+            seen = {} if self.schedule is None else self.schedule.seen(target.t, nats.sum(-1), batch["mask"].sum(-1))
+            return {"loss_sum": loss_sum} | self._progress(prediction, target, batch) | seen
+        losses = token_losses(self.objective, prediction, target) * batch["mask"]  # [B, N, K]
         ids, invalid = self.model.read(prediction)
         tokens = {
             "loss": losses,
@@ -123,6 +128,21 @@ class TrainingLoss(nn.Module):
             sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
             sums["bound_tokens"] = whole.sum()
         return sums
+
+    def _elbo_weight(self, level: Tensor) -> Tensor:
+        """For the density with which this batch's noise levels were drawn."""
+        density = self.timesteps.density(level) if self.schedule is None else self.schedule.density(level)
+        return self.timesteps.elbo_weight(level, density)
+
+    def _loss_sum(self, prediction: Prediction, target: Target, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The objective's sum; and the cross-entropy of each token [B, N, K] in nats, if a schedule asks for it."""
+        if self.objective == "ce":
+            return prediction.loss_sum(target.ids, mask)
+        losses = token_losses(self.objective, prediction, target) * mask
+        if self.schedule is None:
+            return losses.sum(), None
+        with torch.no_grad():
+            return losses.sum(), token_losses("ce", prediction, target) * mask
 
     def _follows_the_path(self, t: Tensor, batch) -> Tensor:
         """Samples whose patches have one noise level, or one a block, as the bound's path asks for: bool [B]."""

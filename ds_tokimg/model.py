@@ -110,8 +110,9 @@ class Prediction:
     def clean(self) -> Tensor:
         return self._output if self.logits is None else self._head.clean(self.logits)
 
-    def loss_sum(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy of ids [B, N, K] in nats, summed over valid tokens; cheaper than through the logits."""
+    def loss_sum(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of ids [B, N, K] in nats, summed over valid tokens, and that of each token, without gradient:
+        cheaper than through the logits."""
         return self._head.loss_sum(self._output, self._evidence, ids, mask)
 
 

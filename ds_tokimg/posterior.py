@@ -37,8 +37,9 @@ class TokenInput(nn.Linear):
 class TokenOutput(nn.Linear):
     """Embeddings of tokens -> what the context adds to the log-likelihood of every candidate; see `forward`."""
 
-    def forward(self, tokens: Tensor, loss_of: tuple[Tensor, Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """tokens [..., W] -> logits [..., V], or, with `loss_of`, the summed cross-entropy in nats, float32.
+    def forward(self, tokens: Tensor, loss_of: tuple[Tensor, Tensor, Tensor, Tensor] | None = None):
+        """tokens [..., W] -> logits [..., V], or, with `loss_of`, the summed cross-entropy in nats, float32, and that
+        of each token [...], without gradient.
 
         loss_of: (evidence [..., E], book [V, E], ids [...], mask [...]): the candidates' log-likelihoods are
         evidence @ book.T, and tokens whose mask is False do not count.
@@ -47,7 +48,8 @@ class TokenOutput(nn.Linear):
             return super().forward(tokens)
         evidence, book, ids, mask = loss_of
         rows = (tokens.flatten(0, -2), evidence.flatten(0, -2), ids.flatten(), mask.flatten())
-        return _CrossEntropy.apply(*rows, self.weight, self.bias, book, torch.is_grad_enabled())
+        total, losses = _CrossEntropy.apply(*rows, self.weight, self.bias, book, torch.is_grad_enabled())
+        return total, losses.view(ids.shape)
 
 
 def _pieces(rows: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -88,15 +90,16 @@ class _EmbedEvidence(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum over the masked rows of -log softmax(tokens @ weight.T + bias + evidence @ book.T)[ids]; float32 logits."""
+    """-log softmax(tokens @ weight.T + bias + evidence @ book.T)[ids], float32 logits: the sum over the masked rows,
+    and each row's without gradient."""
 
     @staticmethod
-    def forward(ctx, tokens, evidence, ids, mask, weight, bias, book, with_gradient: bool) -> Tensor:
+    def forward(ctx, tokens, evidence, ids, mask, weight, bias, book, with_gradient: bool) -> tuple[Tensor, Tensor]:
         dtype, mask = _compute_dtype(weight), mask.float()
         x, matrix = tokens.to(dtype), weight.to(dtype)
         # The bias as one more column: adding it to the product would be another pass over all candidates.
         evidence, table = F.pad(evidence, (0, 1), value=1.0), torch.cat([book, bias.float()[:, None]], 1)
-        loss = torch.zeros((), device=weight.device)
+        losses = torch.zeros(len(x), device=weight.device)
         d_tokens = torch.empty(tokens.shape, device=weight.device)
         d_weight = torch.zeros(weight.T.shape, device=weight.device)  # [W, V]: faster to add to than its transpose
         d_bias = torch.zeros(bias.shape, device=weight.device)
@@ -109,7 +112,7 @@ class _CrossEntropy(torch.autograd.Function):
                 highest = logits.amax(1, keepdim=True)
                 posterior = _softmax_(logits, highest)
                 # The largest probability never underflows: its logarithm tells that of the sum of exp(logits).
-                loss += ((highest - posterior.amax(1, keepdim=True).log() - score) * keep).sum()
+                losses[piece] = ((highest - posterior.amax(1, keepdim=True).log() - score) * keep)[:, 0]
                 if with_gradient:
                     # d loss / d logits but for the mask, which goes to the narrow factors of the products.
                     error = posterior.scatter_add_(1, chosen, -torch.ones_like(keep))
@@ -120,10 +123,11 @@ class _CrossEntropy(torch.autograd.Function):
         if with_gradient:
             ctx.save_for_backward(d_tokens, d_weight.T, d_bias)
             ctx.dtypes = (tokens.dtype, weight.dtype, bias.dtype)
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, gradient: Tensor, _):
         d_tokens, d_weight, d_bias = (
             (gradient * value).to(dtype) for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )

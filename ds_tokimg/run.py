@@ -42,6 +42,9 @@ class Run:
         self.speed = Speedometer()
         self.bound: Bound | None = None
         self.saved_step = self.first_step
+        self.schedule = parts.module.schedule
+        if self.schedule is not None and state:
+            self.schedule.load_state(state["schedule"])
 
     def loop(self) -> None:
         loader = BatchLoader(
@@ -68,6 +71,8 @@ class Run:
         # 1. forward, backward, update
         self.parts.module.measure_bound = "log" in is_due
         result = self.engine.train_batch(loaded.micro_batches)
+        if self.schedule is not None and not result.skipped:
+            self.schedule.update(result.sums)
         self.speed.add(result, loaded.wait_seconds)
         # 2. measure, keep, log
         row = self._metrics(result, loaded.epoch) if is_due & {"log", "eval"} else None
@@ -155,6 +160,8 @@ class Run:
             "best": self.best if math.isfinite(self.best) else None,
             "bits_per_token": self.bound.bits_per_token if self.bound else None,
         }
+        if self.schedule is not None:
+            state["schedule"] = self.schedule.state()
         texts = {"model.json": self.parts.module.model.description(), "text.json": self.parts.text_format.description()}
         folder = checkpoints.save(
             self.engine, self.config.output_dir, state, texts=texts, best=improved, keep=self.config.keep_checkpoints

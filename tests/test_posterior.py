@@ -34,10 +34,13 @@ def test_cross_entropy_and_its_gradients(scale):
     evidence, book, tokens, ids, mask = example(scale)
     layer = TokenOutput(WIDTH, VOCABULARY)
     parameters = (tokens, layer.weight, layer.bias)
-    loss = layer(tokens, (evidence, book, ids, mask))
+    loss, each = layer(tokens, (evidence, book, ids, mask))
     logits = (layer(tokens) + evidence @ book.T).double()
-    expected = (F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none") * mask.flatten()).sum()
+    losses = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(ROWS) * mask
+    expected = losses.sum()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(each.double(), losses.detach(), rtol=1e-5, atol=max(1e-5, 1e-6 * scale))
+    assert not each.requires_grad
     # The factor stands for all that happens to the loss after it: the engine's scale, say.
     pairs = zip(gradients(loss * 0.3, *parameters), gradients(expected * 0.3, *parameters), strict=True)
     for found, right in pairs:
@@ -57,7 +60,7 @@ def test_embedding_of_evidence():
 def test_nothing_valid_gives_zero_and_finite_gradients():
     evidence, book, tokens, ids, mask = example(1e6)
     layer = TokenOutput(WIDTH, VOCABULARY)
-    loss = layer(tokens, (evidence, book, ids, mask & False))
+    loss, _ = layer(tokens, (evidence, book, ids, mask & False))
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients(loss, tokens, layer.weight, layer.bias))
 
@@ -66,8 +69,8 @@ def test_without_gradients_the_loss_is_the_same():
     evidence, book, tokens, ids, mask = example()
     layer = TokenOutput(WIDTH, VOCABULARY)
     with torch.no_grad():
-        value = layer(tokens, (evidence, book, ids, mask))
-    assert not value.requires_grad and torch.equal(value, layer(tokens, (evidence, book, ids, mask)))
+        value, _ = layer(tokens, (evidence, book, ids, mask))
+    assert not value.requires_grad and torch.equal(value, layer(tokens, (evidence, book, ids, mask))[0])
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -75,11 +78,11 @@ def test_half_precision_rounds_the_context_only(autocast):
     """Products with the weights in bfloat16, evidence and softmax in float32, gradients as the parameters."""
     evidence, book, tokens, ids, mask = example(1000.0)
     inputs, outputs = TokenInput(VOCABULARY, WIDTH, bias=False), TokenOutput(WIDTH, VOCABULARY)
-    exact = outputs(tokens, (evidence, book, ids, mask)), inputs(evidence, book)
+    exact = outputs(tokens, (evidence, book, ids, mask))[0], inputs(evidence, book)
     if not autocast:
         inputs, outputs, tokens = inputs.bfloat16(), outputs.bfloat16(), tokens.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, features = outputs(tokens, (evidence, book, ids, mask)), inputs(evidence, book)
+        loss, features = outputs(tokens, (evidence, book, ids, mask))[0], inputs(evidence, book)
     assert loss.dtype == torch.float32 and features.dtype == torch.bfloat16
     torch.testing.assert_close(loss, exact[0], rtol=0.01, atol=0)
     torch.testing.assert_close(features.float(), exact[1], rtol=0, atol=0.02)
