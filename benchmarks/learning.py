@@ -261,16 +261,18 @@ def write_texts(system, arguments) -> None:
     a JSON list of strings each, all of as many tokens."""
     folder, parts = Path(arguments.write), system.parts
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"train": [parts.train_set.ids(i) for i in range(len(parts.train_set))]}
-    texts["real"] = [parts.eval_set.ids(i) for i in range(len(parts.eval_set))]
-    for steps in arguments.steps or [None]:
-        begun = time.perf_counter()
-        name = arguments.system if steps is None else f"{arguments.system} {steps} steps"
-        texts[name] = system.write(arguments.texts, RECIPE["max_tokens"], steps)
-        print(f"{name}: {arguments.texts} texts in {time.perf_counter() - begun:.0f} s", flush=True)
-    for name, rows in texts.items():
+
+    def save(name: str, rows) -> None:
         strings = [parts.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
         (folder / f"{name}.json").write_text(json.dumps(strings, ensure_ascii=False))
+
+    save("train", (parts.train_set.ids(i) for i in range(len(parts.train_set))))
+    save("real", (parts.eval_set.ids(i) for i in range(len(parts.eval_set))))
+    for steps in arguments.steps or [None]:
+        begun = time.perf_counter()
+        name = arguments.system if steps is None else f"{arguments.system}, {steps} steps"
+        save(name, system.write(arguments.texts, RECIPE["max_tokens"], steps))
+        print(f"{name}: {arguments.texts} texts in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 def main() -> None:
