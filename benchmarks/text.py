@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     files = {path.stem: json.loads(path.read_text()) for path in sorted(arguments.folder.glob("*.json"))}
     judge = Judge(files.pop("train"))
-    names = ["texts", "texts", "entropy of words", "of characters", "distinct-1", "-2", "-3", "n-gram bits/character"]
+    names = ["file", "texts", "entropy of words", "of characters", "distinct-1", "-2", "-3", "n-gram bits/character"]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for name, texts in files.items():
         whole = [text[: arguments.characters] for text in texts if len(text) >= arguments.characters]
