@@ -38,9 +38,10 @@ from ds_tokimg.sampler import SamplingOptions, sample  # noqa: E402
 from ds_tokimg.setup import assemble  # noqa: E402
 
 # The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
-RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024, "token_size": 2, "block_size": 1}
+RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}
+RECIPE |= {"token_size": 2, "block_size": 1, "timesteps": "noisy"}
 # All patches at once, four tokens each.
-PLAIN = {"token_size": 1, "block_size": 0}
+PLAIN = {"token_size": 1, "block_size": 0, "timesteps": "band"}
 REFERENCE = PLAIN | {
     "head": "linear",
     "objective": "mse",

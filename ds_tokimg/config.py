@@ -89,7 +89,9 @@ class TrainConfig:
     compile: bool = _model(False, "compile the blocks: faster steps, a slow start (a CPU needs a C++ compiler)")
 
     objective: str = _objective("ce", "cross-entropy, squared error or weighted bound", ("ce", "mse", "elbo"))
-    timesteps: str = _objective("band", "where noise levels lie", ("band", "uniform", "logit_normal", "entropic"))
+    timesteps: str = _objective(
+        "band", "where noise levels lie", ("band", "uniform", "logit_normal", "entropic", "noisy")
+    )
     block_size: int = _objective(0, "patches that lose their noise together, from left to right; 0: the whole image")
     patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
     self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")

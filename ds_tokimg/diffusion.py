@@ -27,7 +27,9 @@ LOG_SNR_MIN = -8.0
 MARGIN = 6.0
 # Noise levels whose information is computed together: as many as keep the numbers in the cache.
 _RATES_AT_ONCE = 8
-TIMESTEP_SAMPLERS = ("band", "uniform", "logit_normal", "entropic")
+TIMESTEP_SAMPLERS = ("band", "uniform", "logit_normal", "entropic", "noisy")
+# Of the draws of `noisy`, those at the noisy end of the band.
+NOISY_SHARE = 0.75
 
 
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,8 @@ class TimestepSampler:
     `band`: log-SNR uniform over the codec's readable band. `uniform`: integer t, uniform (the reference system).
     `logit_normal`: sigmoid of a normal with mean -0.8 and deviation 0.8 as the share of signal (JiT, section 4; its
     time runs from noise to data). `entropic` begins as `band` and is then moved by `ds_tokimg.schedule`, while samples
-    are used; what is said here, for it, is what the band says.
+    are used. `noisy`: three quarters of the draws at the band's noisy end, where only the context tells a token, the
+    others as `band`; the density of these two is given as that of the band.
     """
 
     def __init__(self, kind: str, radix: int):
@@ -144,6 +147,8 @@ class TimestepSampler:
         if self.kind == "logit_normal":
             normal = math.sqrt(2) * torch.erfinv(2 * u.double().clamp(1e-6, 1 - 1e-6) - 1)
             return (NUM_TIMESTEPS * torch.sigmoid(-(-0.8 + 0.8 * normal))).float()
+        if self.kind == "noisy":
+            u = ((u - NOISY_SHARE) / (1 - NOISY_SHARE)).clamp(min=0)
         value = self.band.low + (self.band.high - self.band.low) * u
         return timestep_of_log_snr(value).float()
 
@@ -167,4 +172,7 @@ class TimestepSampler:
         """
         value, density = log_snr(t), self.density(t) if density is None else density
         counts = self.bound_range.holds(value) & (density > 0)
-        return torch.where(counts, 0.5 * value.exp() / density, 0.0)
+        weight = torch.where(counts, 0.5 * value.exp() / density, 0.0)
+        if self.kind == "noisy":  # those at the end are no part of the integral
+            weight = weight * (value > self.band.low + 1e-3) / (1 - NOISY_SHARE)
+        return weight

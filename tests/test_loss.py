@@ -112,7 +112,7 @@ def test_elbo_in_expectation_is_the_bound_without_context():
     codec = TokenCodec(64)
     model = tiny_model(codec, trained=False)
     texts = random_texts(64, [256] * 64)
-    for timesteps, share in (("band", 0.99), ("uniform", 1.0)):
+    for timesteps, share in (("band", 0.99), ("uniform", 1.0), ("noisy", 0.99)):
         module = TrainingLoss(model, "elbo", timesteps)
         maker = BatchMaker(layout_of(model), module.timesteps, seed=1)
         batch = maker(texts, range(64), range(64), 0)
