@@ -39,9 +39,9 @@ from ds_tokimg.setup import assemble  # noqa: E402
 
 # The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
 RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}
-RECIPE |= {"token_size": 2, "block_size": 1, "timesteps": "noisy"}
+RECIPE |= {"token_size": 2, "block_size": 1, "timesteps": "noisy", "noisy_depth": 1}
 # All patches at once, four tokens each.
-PLAIN = {"token_size": 1, "block_size": 0, "timesteps": "band"}
+PLAIN = {"token_size": 1, "block_size": 0, "noisy_depth": 0, "timesteps": "band"}
 REFERENCE = PLAIN | {
     "head": "linear",
     "objective": "mse",
@@ -99,7 +99,11 @@ class Ours:
         result = self.module(batch)
         if self.module.schedule is not None:
             self.module.schedule.update(result)
-        computed = batch["ids"].shape[0] * batch["ids"].shape[1] * (2 if "blocks" in batch else 1)
+        computed = batch["ids"].shape[0] * batch["ids"].shape[1]
+        if "blocks" in batch:
+            # The clean ones go through all blocks, the noisy ones through those from `entry` on.
+            blocks = self.module.model.blocks
+            computed *= 1 + len(blocks[self.module.model.entry :]) / len(blocks)
         if "self_condition" in batch:
             computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed

@@ -93,6 +93,7 @@ class TrainConfig:
         "band", "where noise levels lie", ("band", "uniform", "logit_normal", "entropic", "noisy")
     )
     block_size: int = _objective(0, "patches that lose their noise together, from left to right; 0: the whole image")
+    noisy_depth: int = _objective(0, "blocks, the last ones, that noisy patches go through from left to right; 0: all")
     patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
     self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")
     ema_decay: list[float] = _objective((0.9999,), "decays of the weights' moving averages")  # noqa: RUF009
@@ -245,6 +246,8 @@ class TrainConfig:
             problems.append("--head linear has no cross-entropy for --timesteps entropic to follow: use band")
         if self.head == "linear" and self.posterior != "auto":
             problems.append(f"--head linear has no posterior: drop --posterior {self.posterior}")
+        if self.noisy_depth and not self.block_size:
+            problems.append(f"--noisy_depth {self.noisy_depth} is for texts from left to right: give --block_size")
         if self.resume is not None and self.init_from is not None:
             problems.append("--resume continues a run and --init_from starts one: give only one of them")
         return problems
@@ -261,8 +264,8 @@ _OF_THE_LAUNCH = frozenset(
 _FIXED = (
     *("data_path", "eval_data_path", "eval_fraction", "vocab_size", "packing", "use_chat_template"),
     *("enable_condition", "condition_drop", "max_tokens", "img_size", "token_size", "radix", "palette", "layout"),
-    *("model", "positions", "head", "posterior", "objective", "timesteps", "block_size", "patch_noise"),
-    *("self_conditioning",),
+    *("model", "positions", "head", "posterior", "objective", "timesteps", "block_size", "noisy_depth"),
+    *("patch_noise", "self_conditioning"),
     *("ema_decay", "seed"),
 )
 
@@ -273,7 +276,11 @@ _COUNTS = (
 )
 _RANGES = (
     (_COUNTS, lambda value: value >= 1, "a whole number of at least 1"),
-    (("num_samples", "num_workers", "profile", "seed", "block_size"), lambda value: value >= 0, "0 or more"),
+    (
+        ("num_samples", "num_workers", "profile", "seed", "block_size", "noisy_depth"),
+        lambda value: value >= 0,
+        "0 or more",
+    ),
     (
         ("condition_drop", "patch_noise", "self_conditioning"),
         lambda value: 0 <= value <= 1,

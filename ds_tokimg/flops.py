@@ -50,10 +50,14 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     flops += linear(model.before_embed, positions)
     flops += linear(model.time_embed.mlp[0], times, data) + linear(model.time_embed.mlp[2], times)
     flops += linear(model.time_embed.modulation, times)
-    for block in model.blocks:
+    entry = model.entry if "blocks" in batch else 0
+    if entry:
+        flops += linear(model.read_embed, samples * patches)
+    for index, block in enumerate(model.blocks):
         layers = (block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down)
-        flops += sum(linear(layer, positions) for layer in layers)
-        flops += 4 * positions * length * model.config.width * hidden
+        inside = clean if index < entry else length
+        flops += sum(linear(layer, samples * inside) for layer in layers)
+        flops += 4 * samples * inside**2 * model.config.width * hidden
     flops += linear(model.final.modulation, levels)
     if not learned_input:
         return flops + linear(model.head.output, samples * patches)

@@ -4,11 +4,13 @@ After Li & He, "Back to Basics: Let Denoising Generative Models Denoise" (2025):
 RoPE, qk-norm, adaLN-Zero. Changes: the modulation is computed once and shared by the blocks, each of which adds a
 learned offset (adaLN-single, Chen et al., PixArt-alpha, 2023), because a noise level of its own for every patch would
 otherwise cost half as much again as the blocks themselves; the patch embedding has no bottleneck, through which the
-tokens of a patch can hardly be told apart; and every patch shows the one before it.
+tokens of a patch can hardly be told apart; every patch shows the one before it; and from left to right noisy patches
+may enter late (`noisy_depth`), with what the transformer has already made of the clean ones before them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma
 from ds_tokimg.heads import DigitHead, LinearHead, TokenHead
-from ds_tokimg.layers import Block, FinalLayer, TimestepEmbedding, rope_frequencies
+from ds_tokimg.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
 
 #                 depth, width, heads
 SIZES = {
@@ -54,6 +56,7 @@ class JiTConfig:
     layout: str = "patch"
     positions: str = "reading"
     self_conditioning: bool = False
+    noisy_depth: int = 0
     activation_checkpointing: bool = False
 
 
@@ -66,24 +69,28 @@ class Segment(NamedTuple):
 
     kind: int  # CLEAN or NOISY
     own: Tensor  # [B, n, C], the embedding of each patch
-    before: Tensor  # [B, n, C], that of the patch before it, 0 where there is none
+    shown: Tensor  # [B, n, C], what each shows to the one after it
+    before: Tensor  # [B, n, C], what the one before it shows, 0 where there is none
     time: Tensor  # [B, n or 1, 6C], modulation of their noise level
     valid: Tensor  # [B, n] bool
     positions: Tensor  # [B, n]
 
 
 class Memory:
-    """Clean patches that the transformer has read: their keys and values in every block, [B, heads, M, d] each, and
-    the embedding of the one before the next block."""
+    """Clean patches that the transformer has read, none at first: their keys and values in every block,
+    [B, heads, M, d] each, and what the last one shows to a clean and to a noisy patch after it."""
 
-    def __init__(self, depth: int, valid: Tensor):
+    def __init__(self, depth: int, batch: int, device):
         self.past: list[list[Tensor]] = [[] for _ in range(depth)]
-        self.valid = valid  # [B, M] bool
-        self.last: Tensor | None = None  # [B, 1, C]; None before the image's first block
+        self.valid = torch.ones(batch, 0, dtype=torch.bool, device=device)  # [B, M]
+        self.shown: Tensor | None = None  # [B, 1, C]; None: nothing
+        self.shown_to_noisy: Tensor | None = None  # the same
 
-    def reading(self) -> list[list[Tensor]]:
-        """The same for one pass, which may add to it without changing this."""
-        return [list(past) for past in self.past]
+    def for_one_pass(self) -> Memory:
+        """A copy to which a pass may add without changing this."""
+        memory = copy.copy(self)
+        memory.past = [list(past) for past in self.past]
+        return memory
 
 
 class Prediction:
@@ -126,6 +133,8 @@ class JiT(nn.Module):
             raise ValueError(f"unknown head {config.head!r}; available: {', '.join(HEADS)}")
         if config.positions not in POSITIONS:
             raise ValueError(f"unknown positions {config.positions!r}; available: {', '.join(POSITIONS)}")
+        if not 0 <= config.noisy_depth <= config.depth:
+            raise ValueError(f"noisy_depth is {config.noisy_depth}; the model has {config.depth} blocks (0: all)")
         self.codec, self.config = codec, config
         self.slots = (config.patch_size // codec.token_size) ** 2  # K, tokens a patch
         self.num_patches = (config.img_size // config.patch_size) ** 2
@@ -139,6 +148,11 @@ class JiT(nn.Module):
         self.segment_embed = nn.Embedding(2, config.width)  # by kind
         self.time_embed = TimestepEmbedding(config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        # From left to right, noisy patches go through the blocks from this one on.
+        self.entry = config.depth - config.noisy_depth if config.noisy_depth else 0
+        if self.entry:
+            self.read_norm = RMSNorm(config.width)
+            self.read_embed = nn.Linear(config.width, config.width, bias=False)
         self.final = FinalLayer(config.width)
         nn.init.zeros_(self.segment_embed.weight)
 
@@ -269,9 +283,10 @@ class JiT(nn.Module):
             self_condition: an earlier prediction's probabilities (or clean patches, linear head), or None.
             context: (clean patches [B, N, P], blocks [N] int64, which block a patch belongs to) for prediction from
                 left to right: a noisy patch sees the noisy patches of its own block and the clean ones of the blocks
-                before it. All blocks are predicted at once, at twice the positions. None: every patch sees all noisy
-                ones.
-            memory: what `remember` has read before; the patches are then those of one block.
+                before it. All blocks are predicted at once: clean patches go through the whole transformer, noisy ones
+                through its last `noisy_depth` blocks (0: all). None: every patch sees all noisy ones.
+            memory: what `remember` has read before, or an empty one, for prediction from left to right: the patches
+                are then those of one block.
         """
         batch, count, _ = noisy.shape
         level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
@@ -279,20 +294,22 @@ class JiT(nn.Module):
         valid = slot_mask.any(-1)
         if positions is None:
             positions = torch.arange(count, device=noisy.device).expand(batch, count)
-        noisy_ones = self._segment(NOISY, inputs, level, valid, positions, None if memory is None else memory.last)
-        segments = [noisy_ones]
+        noisy_ones = self._segment(NOISY, inputs, level, valid, positions, memory and memory.shown_to_noisy)
+        segments = [] if condition is None else [self._prompt_segment(*condition)]
+        blocks, entry = None, 0 if memory is None else self.entry
         if context is not None:
-            clean_ones = self._clean_segment(context[0], slot_mask, positions)
+            segments.append(self._clean_segment(context[0], slot_mask, positions))
+            blocks, entry = context[1], self.entry
+        parts = [self._embed(segment) for segment in segments]
+        if context is not None:
+            read = self._transform(torch.cat(parts, 1), segments, slice(entry), blocks)
             # The first patch of a block stands after a clean one.
-            starts = torch.diff(context[1], prepend=context[1][:1] - 1) != 0
-            before = torch.where(starts[:, None], clean_ones.before, noisy_ones.before)
-            segments = [clean_ones, noisy_ones._replace(before=before)]
-        if condition is not None:
-            segments.insert(0, self._prompt_segment(*condition))
-        blocks = None if context is None else context[1]
-        past, seen = (None, None) if memory is None else (memory.reading(), memory.valid)
-        x = self._transform(segments, blocks, past, seen)[:, -count:]
-        hidden = self.final(x, segments[-1].time)
+            starts = torch.diff(blocks, prepend=blocks[:1] - 1) != 0
+            before = torch.where(starts[:, None], self._shown_to_noisy(read, segments), noisy_ones.before)
+            noisy_ones, parts = noisy_ones._replace(before=before), [read]
+        x = torch.cat([*parts, self._embed(noisy_ones)], 1)
+        x = self._transform(x, [*segments, noisy_ones], slice(entry, None), blocks, memory and memory.for_one_pass())
+        hidden = self.final(x[:, -count:], noisy_ones.time)
         return Prediction(self.head, self.head(hidden), evidence)
 
     def remember(self, memory: Memory | None, patches: Tensor, slot_mask: Tensor, positions: Tensor | None) -> Memory:
@@ -300,16 +317,23 @@ class JiT(nn.Module):
 
         memory: what was read before, which becomes part of the result; None at the beginning.
         """
+        memory = self.empty_memory(slot_mask) if memory is None else memory
         if positions is None:
             segment = self._prompt_segment(patches, slot_mask)
         else:
-            segment = self._clean_segment(patches, slot_mask, positions, None if memory is None else memory.last)
-        if memory is None:
-            memory = Memory(len(self.blocks), segment.valid[:, :0])
-        self._transform([segment], past=memory.past, seen=memory.valid)
-        memory.last = None if positions is None else segment.own[:, -1:]
+            segment = self._clean_segment(patches, slot_mask, positions, memory.shown)
+        x = self._transform(self._embed(segment), [segment], slice(self.entry), memory=memory)
+        memory.shown = None if positions is None else segment.shown[:, -1:]
+        memory.shown_to_noisy = memory.shown
+        if self.entry:
+            memory.shown_to_noisy = self.read_embed(self.read_norm(_last_valid(x, segment.valid)))
+        self._transform(x, [segment], slice(self.entry, None), memory=memory)
         memory.valid = torch.cat([memory.valid, segment.valid], 1)
         return memory
+
+    def empty_memory(self, slot_mask: Tensor) -> Memory:
+        """Of as many texts as slot_mask [B, N, K] has, before anything is read."""
+        return Memory(len(self.blocks), len(slot_mask), slot_mask.device)
 
     def read(self, prediction: Prediction, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens of a prediction: ids int64 [B, N, K], and bool [B, N, K]: the colour is no token.
@@ -340,15 +364,17 @@ class JiT(nn.Module):
             return self.head.embed(value)
         return value.unflatten(-1, (self.slots, -1))
 
-    def _segment(self, kind: int, inputs, level, valid, positions, last: Tensor | None = None) -> Segment:
-        """Inputs [B, n, F] at noise levels [B, n or 1], after a patch with embedding `last` (None: after none).
+    def _segment(self, kind: int, inputs, level, valid, positions, first: Tensor | None = None) -> Segment:
+        """Inputs [B, n, F] at noise levels [B, n or 1], after a patch that shows `first` (None: after none).
 
         Every patch also shows the one before it, the shift of Peng et al., "RWKV" (2023), section 3.1: which token
-        follows which need not be found by attention first. Between a prompt and the image nothing is shown.
+        follows which need not be found by attention first. Between a prompt and a clean patch nothing is shown.
         """
         own = self.patch_embed(inputs)
-        last = torch.zeros_like(own[:, :1]) if last is None else last
-        return Segment(kind, own, torch.cat([last, own[:, :-1]], 1), self.time_embed(level), valid, positions)
+        shown = self.before_embed(own)
+        first = torch.zeros_like(shown[:, :1]) if first is None else first
+        before = torch.cat([first, shown[:, :-1]], 1)
+        return Segment(kind, own, shown, before, self.time_embed(level), valid, positions)
 
     def _prompt_segment(self, patches: Tensor, slot_mask: Tensor) -> Segment:
         """The condition; its last patch gets position -1, so that it stands next to the image's first."""
@@ -356,42 +382,58 @@ class JiT(nn.Module):
         positions = torch.arange(count, device=patches.device) - slot_mask.any(-1).sum(1, keepdim=True)
         return self._clean_segment(patches, slot_mask, positions)
 
-    def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor, last=None) -> Segment:
+    def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor, first=None) -> Segment:
         """Patches that are shown without noise and not predicted."""
         level = patches.new_zeros(len(patches), 1)
         inputs, _ = self._inputs(patches, level, slot_mask, None)
-        return self._segment(CLEAN, inputs, level, slot_mask.any(-1), positions, last)
+        return self._segment(CLEAN, inputs, level, slot_mask.any(-1), positions, first)
 
-    def _transform(self, segments: list[Segment], blocks: Tensor | None = None, past=None, seen=None) -> Tensor:
-        """All segments through the transformer: [B, L, C], L positions in all.
+    def _shown_to_noisy(self, read: Tensor, segments: list[Segment]) -> Tensor:
+        """What noisy patches are shown of the clean one before them, [B, N, C].
 
-        blocks: see `predict`. past: what each block of the transformer keeps of earlier positions, see `Attention`;
-        seen: which of those are valid, [B, M].
+        read: [B, M + N, C], a prompt and the image's clean patches (the segments) where the noisy ones enter. Entering
+        late, they are shown what the transformer knows there: after a prompt, what it knows of that.
         """
-        x = torch.cat([self._embed(segment) for segment in segments], 1)
+        image = segments[-1]
+        if not self.entry:
+            return image.before
+        count = image.own.shape[1]
+        first = torch.zeros_like(read[:, :1])
+        if len(segments) > 1:
+            first = _last_valid(read[:, :-count], segments[0].valid)
+        return self.read_embed(self.read_norm(torch.cat([first, read[:, -count:-1]], 1)))
+
+    def _transform(self, x: Tensor, segments: list[Segment], layers: slice, blocks=None, memory=None) -> Tensor:
+        """The segments' patches x [B, L, C] through some of the transformer's blocks.
+
+        blocks: see `predict`. memory: earlier patches, which gets the keys and values of these.
+        """
+        if not self.blocks[layers]:
+            return x
         valid = torch.cat([segment.valid for segment in segments], 1)
         positions = torch.cat([segment.positions for segment in segments], 1)
         time = segments[0].time
         if len(segments) > 1:
             time = torch.cat([s.time.expand(-1, s.own.shape[1], -1) for s in segments], 1)
         rotation = self._rotation(positions)
-        keys = (valid if seen is None else torch.cat([seen, valid], 1))[:, None, :]  # [B, 1 or L, M + L]
+        keys = (valid if memory is None else torch.cat([memory.valid, valid], 1))[:, None, :]  # [B, 1 or L, M + L]
         if blocks is not None:
-            keys = keys & _seen_from_left_to_right(blocks, x.shape[1])
+            keys = keys & _seen_from_left_to_right(blocks, x.shape[1], segments[-1].kind == NOISY)
         # A row that sees nothing valid attends to everything: its output is ignored but must stay finite.
         keys = (keys | ~keys.any(-1, keepdim=True))[:, None]
-        for index, block in enumerate(self.blocks):
+        pasts = [None] * len(self.blocks) if memory is None else memory.past
+        for block, past in zip(self.blocks[layers], pasts[layers], strict=True):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, time, rotation, keys, use_reentrant=False)
             else:
-                x = block(x, time, rotation, keys, None if past is None else past[index])
+                x = block(x, time, rotation, keys, past)
         return x
 
     def _embed(self, segment: Segment) -> Tensor:
         """[B, n, C]."""
         # Through the module's forward, not its weight: ZeRO-3 gathers parameters when a module is called.
         kind = self.segment_embed(torch.tensor(segment.kind, device=segment.own.device))
-        return segment.own + self.before_embed(segment.before) + kind
+        return segment.own + segment.before + kind
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE, each [B, 1, N, head_dim / 2] (Su et al. 2021; `grid`: half the channels an axis)."""
@@ -426,18 +468,24 @@ def config_of_name(name: str, **options) -> JiTConfig:
     return JiTConfig(*SIZES[size], patch_size=int(patch), **options)
 
 
-def _seen_from_left_to_right(blocks: Tensor, length: int) -> Tensor:
-    """Who sees whom among `length` positions, bool [L, L]: a condition, then N clean and N noisy patches.
+def _seen_from_left_to_right(blocks: Tensor, length: int, noisy_too: bool) -> Tensor:
+    """Who sees whom among `length` positions, bool [L, L]: a condition, N clean and, in the end, N noisy patches.
 
     Everyone sees the condition. A clean patch sees the clean ones of its own and earlier blocks, a noisy one the clean
     ones of earlier blocks and the noisy ones of its own (Arriola et al., "Block diffusion", 2025, section 3.2).
     """
     count, device = len(blocks), blocks.device
-    prompt = torch.full((length - 2 * count,), -1, device=device)
-    block = torch.cat([prompt, blocks, blocks])
-    noisy = torch.arange(length, device=device) >= length - count
+    image = torch.cat([blocks, blocks]) if noisy_too else blocks
+    block = torch.cat([torch.full((length - len(image),), -1, device=device), image])
+    noisy = torch.arange(length, device=device) >= length - (count if noisy_too else 0)
     reader, seen = block[:, None], block[None, :]
     return torch.where(noisy[None, :], noisy[:, None] & (seen == reader), seen + noisy[:, None].long() <= reader)
+
+
+def _last_valid(x: Tensor, valid: Tensor) -> Tensor:
+    """The last valid patch of each row of x [B, n, C], whose valid ones come first; 0 if there is none: [B, 1, C]."""
+    count = valid.sum(1)[:, None, None]
+    return x.gather(1, (count - 1).clamp(min=0).expand(-1, -1, x.shape[-1])) * (count > 0)
 
 
 def _mask_slots(probabilities: Tensor, slot_mask: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class _Walk:
         self.fixed_clean = self._colours(self.fixed_ids)  # [B, N, P], meaningful where fixed
         self.positions = torch.arange(self.mask.shape[1], device=self.device).expand(self.mask.shape[:2])
         # With and without the condition: what has been written before the block at hand.
-        self.memories: dict[bool, Memory | None] = {}
+        self.memories: dict[bool, Memory] = {}
         self.earlier: Tensor | None = None
 
     def _condition(self, prompts):
@@ -192,7 +192,7 @@ class _Walk:
         if self.condition is not None and scale != 0:
             self.memories[True] = self.model.remember(None, *self.condition, None)
         if self.condition is None or scale != 1:
-            self.memories[False] = None
+            self.memories[False] = self.model.empty_memory(self.mask)
 
     def _remember(self, clean: Tensor, mask: Tensor, positions: Tensor) -> None:
         for given, memory in self.memories.items():

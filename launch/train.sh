@@ -11,7 +11,7 @@ if ! command -v nvidia-smi >/dev/null; then
 fi
 deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} --module ds_tokimg train \
     --data_path data/web_narrative.txt \
-    --model JiT-XS/2 --token_size 2 --block_size 1 --timesteps noisy --max_tokens 256 \
+    --model JiT-XS/2 --token_size 2 --block_size 1 --noisy_depth 1 --timesteps noisy --max_tokens 256 \
     --epochs 1 --lr 3e-3 --batch_size 2 \
     --eval_interval 400 --save_interval 400 \
     --output_dir "runs/$(date +%Y%m%d-%H%M%S)" \

@@ -57,7 +57,9 @@ def bound_of_ours(source: Source, held_out: Texts, block_size: int) -> tuple[flo
     """Bits per token of a model trained on the source, and their standard error."""
     texts = source.texts(32_000, seed=0)
     torch.manual_seed(0)
-    model = JiT(TokenCodec(VOCAB_SIZE), JiTConfig(2, 48, 2, patch_size=2, img_size=16))
+    model = JiT(
+        TokenCodec(VOCAB_SIZE), JiTConfig(2, 48, 2, patch_size=2, img_size=16, noisy_depth=1 if block_size else 0)
+    )
     module, layout = TrainingLoss(model), layout_of(model)
     maker = BatchMaker(layout, module.timesteps, 0, patch_noise=0.0 if block_size else 0.5, block_size=block_size)
 

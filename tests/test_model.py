@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ds_tokimg.codec import TokenCodec
@@ -192,10 +192,11 @@ def test_a_condition_is_shown_without_noise():
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("noisy_depth", [0, 1])
 @pytest.mark.parametrize("block_size", [1, 2, 3])
-def test_a_block_sees_itself_and_what_is_clean_before_it(block_size, head):
+def test_a_block_sees_itself_and_what_is_clean_before_it(block_size, noisy_depth, head):
     """The same as predicting each block alone, with the clean patches before it as a condition of their own places."""
-    model = tiny_model(CODEC, **head)
+    model = tiny_model(CODEC, noisy_depth=noisy_depth, **head)
     clean, mask = images_of([250, 90])
     clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
     t = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) * 900 + 20
@@ -216,19 +217,22 @@ def test_a_block_sees_itself_and_what_is_clean_before_it(block_size, head):
         torch.testing.assert_close(alone.clean[:, now[until]], together[:, now], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prompts", [True, False])
+@pytest.mark.parametrize("noisy_depth", [0, 1])
 @pytest.mark.parametrize("block_size", [1, 3])
-def test_block_by_block_with_a_memory_is_all_blocks_at_once(block_size):
+def test_block_by_block_with_a_memory_is_all_blocks_at_once(block_size, noisy_depth, prompts):
     """What sampling computes, one block after another, is what training computes, all at once."""
-    model = tiny_model(CODEC)
+    model = tiny_model(CODEC, noisy_depth=noisy_depth)
     clean, mask = images_of([250, 90])
     clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
     prompt, prompt_mask = clean[:, 3:6].clone(), slot_mask[:, 3:6].clone()
-    prompt_mask[0, 2] = False
+    prompt_mask[0, 2], prompt_mask[1] = False, False
+    condition = (prompt, prompt_mask) if prompts else None
     t = torch.full((2,), 500.0)
     noisy, _ = add_noise_to_timestep(clean, t, noise_like(clean))
     blocks = torch.arange(16) // block_size
-    together = model.predict(noisy, t, slot_mask, (prompt, prompt_mask), context=(clean, blocks)).clean
-    memory = model.remember(None, prompt, prompt_mask, None)
+    together = model.predict(noisy, t, slot_mask, condition, context=(clean, blocks)).clean
+    memory = model.remember(None, *condition, None) if prompts else model.empty_memory(slot_mask)
     positions = torch.arange(16).expand(2, 16)
     for start in range(0, 16, block_size):
         now = slice(start, start + block_size)
@@ -240,8 +244,9 @@ def test_block_by_block_with_a_memory_is_all_blocks_at_once(block_size):
         memory = model.remember(memory, clean[:, now], slot_mask[:, now], place)
 
 
-def test_earlier_blocks_matter_and_a_condition_is_seen_by_all():
-    model = tiny_model(CODEC)
+@pytest.mark.parametrize("noisy_depth", [0, 1])
+def test_earlier_blocks_matter_and_a_condition_is_seen_by_all(noisy_depth):
+    model = tiny_model(CODEC, noisy_depth=noisy_depth)
     clean, mask = images_of([256])
     clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
     noisy, _ = add_noise_to_timestep(clean, torch.tensor([600.0]), noise_like(clean))
@@ -527,3 +532,27 @@ def test_unknown_options(option, message):
     shape = {"depth": 1, "width": 16, "heads": 1, "img_size": 16}
     with pytest.raises(ValueError, match=message):
         JiT(CODEC, JiTConfig(**shape | option))
+
+
+def test_noisy_patches_that_enter_late_know_what_was_read_up_to_there():
+    """The block that only clean patches go through changes a noisy patch by what it makes of those before it, in the
+    image or in the prompt."""
+    model = tiny_model(CODEC, noisy_depth=1)
+    clean, mask = images_of([256])
+    clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
+    noisy, _ = add_noise_to_timestep(clean, torch.tensor([600.0]), noise_like(clean))
+    prompt, context = (clean[:, :2], slot_mask[:, :2]), (clean, torch.arange(16))
+    t = torch.full((1, 16), 600.0)
+
+    def predict(condition=prompt):
+        # Nothing but what they are shown: no attention in the block that they go through.
+        nn.init.zeros_(model.blocks[1].attention.out.weight)
+        return model.predict(noisy, t, slot_mask, condition, context=context).clean
+
+    before, alone = predict(), predict(None)
+    model.blocks[0].mlp.down.weight.data.add_(0.1)
+    assert ((predict() - before).abs().amax((0, 2)) > 0).all()
+    changed = (predict(None) - alone).abs().amax((0, 2)) > 0
+    assert not changed[0] and changed[1:].all()  # before the first there is nothing
+    with pytest.raises(ValueError, match="noisy_depth is 3; the model has 2 blocks"):
+        tiny_model(CODEC, noisy_depth=3)

@@ -234,7 +234,7 @@ def test_blocks_from_left_to_right(corpus, tmp_path, condition, capsys):
         data = tmp_path / "pairs.jsonl"
         rows = [{"prompt": f"count to {i}", "answer": " ".join(map(str, range(i % 20)))} for i in range(1, 60)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = small_flags(data, tmp_path / "run", "--block_size", 1, "--max_steps", 2, *condition)
+    flags = small_flags(data, tmp_path / "run", "--block_size", 1, "--noisy_depth", 1, "--max_steps", 2, *condition)
     train_in_ranks(2, flags)
     train_in_ranks(1, ["--resume", "latest", "--output_dir", str(tmp_path / "run"), "--max_steps", "3"])
     rows, whole = metrics(tmp_path / "run"), tmp_path / "whole.json"

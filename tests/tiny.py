@@ -84,6 +84,9 @@ class ExactModel(nn.Module):
         probabilities = self.posterior(noisy, t) if context is None else self._from_left_to_right(noisy, t, *context)
         return Prediction.of_logits(self.head, probabilities.log().float())
 
+    def empty_memory(self, slot_mask):
+        return None
+
     def remember(self, memory, patches, slot_mask, positions):
         return patches if memory is None else torch.cat([memory, patches], 1)
 
