@@ -12,12 +12,14 @@ backward) times parameters of the blocks; a forward alone, as in self-conditioni
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,7 @@ SYSTEMS = {
     "reference": REFERENCE,
     "repaired": REFERENCE | {"radix": None, "timesteps": "band", "layout": "patch"},
     "autoregressive": {},
+    "autoregressive, shift": {},
     "masked": {},
 }
 EMA_DECAY = 0.9999
@@ -127,7 +130,7 @@ class Ours:
 class Reference:
     """An autoregressive or masked model on the same texts."""
 
-    def __init__(self, parts, config: TrainConfig, kind: type):
+    def __init__(self, parts, config: TrainConfig, kind: Callable):
         self.parts, self.maker = parts, parts.batch_maker
         depth, width, heads = SIZES[config.model.removeprefix("JiT-").split("/")[0]]
         vocab_size, eos = parts.layout.codec.vocab_size, parts.tokenizer.eos_token_id
@@ -211,6 +214,7 @@ def prepare(arguments):
         parts = assemble(config, OnlyRank(), None)
     torch.manual_seed(arguments.seed)
     kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
+    kinds["autoregressive, shift"] = functools.partial(Autoregressive, shift=True)
     if arguments.system in kinds:
         return Reference(parts, config, kinds[arguments.system])
     return Ours(parts, config, extra)

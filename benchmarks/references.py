@@ -14,11 +14,15 @@ from ds_tokimg.layers import Block, RMSNorm, rope_frequencies
 
 
 class TokenTransformer(nn.Module):
-    """Blocks as in `JiT` (without noise levels) between a token embedding and a softmax over the vocabulary."""
+    """Blocks as in `JiT` (without noise levels) between a token embedding and a softmax over the vocabulary.
 
-    def __init__(self, vocab_size: int, inputs: int, depth: int, width: int, heads: int):
+    shift: every token also shows the one before it, as the patches of `JiT` do.
+    """
+
+    def __init__(self, vocab_size: int, inputs: int, depth: int, width: int, heads: int, shift: bool = False):
         super().__init__()
         self.embed = nn.Embedding(inputs, width)
+        self.before_embed = nn.Linear(width, width, bias=False) if shift else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.out = RMSNorm(width), nn.Linear(width, vocab_size)
         self.half_head = width // heads // 2
@@ -32,6 +36,8 @@ class TokenTransformer(nn.Module):
         past: keys and values of earlier positions, one list a block, brought up to date (see `Attention`).
         """
         x = self.embed(ids)
+        if self.before_embed is not None:
+            x = x + self.before_embed(F.pad(x[:, :-1], (0, 0, 1, 0)))
         first = past[0][0].shape[2] if past and past[0] else 0
         places = torch.arange(first, first + ids.shape[1])
         angles = places[:, None] * rope_frequencies(self.half_head, ids.device)
@@ -45,9 +51,9 @@ class TokenTransformer(nn.Module):
 class Autoregressive(nn.Module):
     """Next-token prediction. The first token is predicted from EOS, so that every token is paid for."""
 
-    def __init__(self, vocab_size: int, eos_id: int, shape: tuple[int, int, int]):
+    def __init__(self, vocab_size: int, eos_id: int, shape: tuple[int, int, int], shift: bool = False):
         super().__init__()
-        self.model, self.eos_id = TokenTransformer(vocab_size, vocab_size, *shape), eos_id
+        self.model, self.eos_id = TokenTransformer(vocab_size, vocab_size, *shape, shift), eos_id
 
     def token_nats(self, ids: Tensor, mask: Tensor) -> Tensor:
         """-log p of every token, 0 in padding: [B, L]."""
@@ -65,7 +71,8 @@ class Autoregressive(nn.Module):
 
     @torch.no_grad()
     def sample(self, count: int, length: int, seed: int) -> Tensor:
-        """Texts of `length` ids: [count, length]."""
+        """Texts of `length` ids: [count, length]. Not with `shift`: the step does not see the token before its own."""
+        assert self.model.before_embed is None
         generator, past = torch.Generator().manual_seed(seed), [[] for _ in self.model.blocks]
         ids = [torch.full((count, 1), self.eos_id)]
         for _ in range(length):

@@ -1,5 +1,6 @@
 """The models that ours is compared with: what they cost is what they say."""
 
+import functools
 import math
 
 import pytest
@@ -27,16 +28,21 @@ def test_an_untrained_model_pays_for_every_token(kind):
     torch.testing.assert_close(nats, MASK.sum(1).double() * math.log(20), rtol=0.08, atol=0)
 
 
-def test_the_next_token_does_not_see_what_follows():
-    model = trained(Autoregressive)
+SHIFTED = functools.partial(Autoregressive, shift=True)
+
+
+@pytest.mark.parametrize("kind", [Autoregressive, SHIFTED])
+def test_the_next_token_does_not_see_what_follows(kind):
+    model = trained(kind)
     nats, changed = (model.token_nats(ids, MASK) for ids in (IDS, torch.cat([IDS[:, :6], IDS[:, 6:].flip(1)], 1)))
     assert torch.equal(nats[:, :6], changed[:, :6]) and not torch.equal(nats[:, 7:], changed[:, 7:])
     assert not nats[~MASK].any()
 
 
-def test_the_chain_rule_holds_over_all_texts():
+@pytest.mark.parametrize("kind", [Autoregressive, SHIFTED])
+def test_the_chain_rule_holds_over_all_texts(kind):
     """The probabilities of all texts of two tokens sum to one."""
-    model = trained(Autoregressive)
+    model = trained(kind)
     texts = torch.cartesian_prod(torch.arange(20), torch.arange(20))
     nats = model.bound_nats(texts, torch.ones_like(texts, dtype=torch.bool), 1)
     assert float((-nats).exp().sum()) == pytest.approx(1.0, abs=1e-5)
