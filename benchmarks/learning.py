@@ -161,24 +161,26 @@ class Reference:
 def print_table() -> None:
     """The results so far: least compute first, then least bits."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    names = "corpus system settings seed batch positions tokens seconds path bits/token bits/byte gap".split()
+    names = "corpus system settings seed batch positions tokens seconds path bits/token bits/byte".split()
+    references = ("autoregressive", "autoregressive, shift")
+    names += ["gap", "gap, shift"]
     print("| " + " | ".join(names) + " |")
     print("|---" * len(names) + "|")
     for row in sorted(rows, key=lambda row: (row["corpus"], row["positions"], min(_bits_per_byte(row)))):
-        curve = autoregressive_curve(rows, row["corpus"])
+        curves = [autoregressive_curve(rows, row["corpus"], system) for system in references]
         for path, figures in row["bits"].items():
             cells = [row["corpus"], row["system"], " ".join(row["set"]), row["seed"], row["batch"]]
             cells += [f"{row['positions'] / 1e6:.2f} M", f"{row['tokens'] / 1e6:.2f} M", f"{row['seconds']:.0f}"]
             cells += [f"blocks of {path}" if path != "0" else "plain"]
             cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]
-            cells += [compute_gap(row["positions"], figures["bits_per_byte"], curve)]
+            cells += [compute_gap(row["positions"], figures["bits_per_byte"], curve) for curve in curves]
             print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def autoregressive_curve(rows: list[dict], corpus: str) -> list[tuple[float, float]]:
-    """(positions, bits per byte) of the autoregressive reference: its best at each budget, while more compute helps."""
+def autoregressive_curve(rows: list[dict], corpus: str, system: str) -> list[tuple[float, float]]:
+    """(positions, bits per byte) of an autoregressive reference: its best at each budget, while more compute helps."""
     curve: list[tuple[float, float]] = []
-    same = [row for row in rows if row["system"] == "autoregressive" and row["corpus"] == corpus]
+    same = [row for row in rows if row["system"] == system and row["corpus"] == corpus and not row["set"]]
     for row in sorted(same, key=lambda row: (row["positions"], min(_bits_per_byte(row)))):
         if not curve or min(_bits_per_byte(row)) < curve[-1][1]:
             curve.append((row["positions"], min(_bits_per_byte(row))))
@@ -186,7 +188,7 @@ def autoregressive_curve(rows: list[dict], corpus: str) -> list[tuple[float, flo
 
 
 def compute_gap(positions: float, bits_per_byte: float, curve: list[tuple[float, float]]) -> str:
-    """How many times the compute of the autoregressive reference at the same bits per byte: linear between its
+    """How many times the compute of an autoregressive reference at the same bits per byte: linear between its
     measurements, in the logarithm of the compute; a bound where it was not measured that far."""
     if not curve:
         return ""
