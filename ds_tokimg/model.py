@@ -408,7 +408,8 @@ class JiT(nn.Module):
 
         blocks: see `predict`. memory: earlier patches, which gets the keys and values of these.
         """
-        if not self.blocks[layers]:
+        passed = list(self.blocks)[layers]
+        if not passed:
             return x
         valid = torch.cat([segment.valid for segment in segments], 1)
         positions = torch.cat([segment.positions for segment in segments], 1)
@@ -422,7 +423,7 @@ class JiT(nn.Module):
         # A row that sees nothing valid attends to everything: its output is ignored but must stay finite.
         keys = (keys | ~keys.any(-1, keepdim=True))[:, None]
         pasts = [None] * len(self.blocks) if memory is None else memory.past
-        for block, past in zip(self.blocks[layers], pasts[layers], strict=True):
+        for block, past in zip(passed, pasts[layers], strict=True):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, time, rotation, keys, use_reentrant=False)
             else:

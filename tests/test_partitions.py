@@ -74,14 +74,14 @@ def settings_file(folder: Path, stage: int, micro_batch: int) -> list:
     return ["--deepspeed_config", path]
 
 
-def train_once(folder: Path, data: dict[str, Path], steps: int, name: str, cut: tuple[int, int, int]) -> None:
+def train_once(folder: Path, data: dict[str, Path], steps: int, name: str, cut: tuple[int, int, int], *more) -> None:
     stage, ranks, micro_batch = cut
     epochs = STEPS if name == "few" else 2
     flags = small_flags(data[name], folder / "run", *settings_file(folder, stage, micro_batch), "--no_packing")
     flags += f"--eval_data_path {data['few']} --max_tokens 256 --epochs {epochs} --max_steps {steps} --lr 2e-3".split()
     flags += "--enable_condition --self_conditioning 0.5 --ema_decay 0.9".split()
     flags += f"--train_batch_size {BATCH} --eval_interval {EVAL_INTERVAL} --save_interval 1000".split()
-    train_in_ranks(ranks, flags)
+    train_in_ranks(ranks, [*flags, *map(str, more)])
 
 
 def largest_difference(rows: list[dict], others: list[dict], key: str) -> float:
@@ -136,6 +136,15 @@ def record(record_property, capsys):
 )
 def test_every_partition_gives_one_loss_curve(steps, name, stage, ranks, micro_batch, run, record):
     assert_same_curve(run(steps, name, stage, ranks, micro_batch), run(steps, name, *REFERENCE), record)
+
+
+@pytest.mark.slow
+def test_from_left_to_right_too(data, record, tmp_path):
+    flags = ("--block_size", 1, "--noisy_depth", 1, "--timesteps", "noisy")
+    for folder, cut in ((tmp_path / "whole", REFERENCE), (tmp_path / "cut", (3, 2, 2))):
+        folder.mkdir()
+        train_once(folder, data, FEW_STEPS, "few", cut, *flags)
+    assert_same_curve(tmp_path / "cut" / "run", tmp_path / "whole" / "run", record)
 
 
 @pytest.mark.parametrize(
