@@ -177,10 +177,10 @@ def print_table() -> None:
             print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def autoregressive_curve(rows: list[dict], corpus: str, system: str) -> list[tuple[float, float]]:
+def autoregressive_curve(rows: list[dict], corpus: str, system: str = "autoregressive") -> list[tuple[float, float]]:
     """(positions, bits per byte) of an autoregressive reference: its best at each budget, while more compute helps."""
     curve: list[tuple[float, float]] = []
-    same = [row for row in rows if row["system"] == system and row["corpus"] == corpus and not row["set"]]
+    same = [row for row in rows if row["system"] == system and row["corpus"] == corpus and not row.get("set")]
     for row in sorted(same, key=lambda row: (row["positions"], min(_bits_per_byte(row)))):
         if not curve or min(_bits_per_byte(row)) < curve[-1][1]:
             curve.append((row["positions"], min(_bits_per_byte(row))))

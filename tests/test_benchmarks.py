@@ -81,13 +81,15 @@ def test_every_script_prints_its_tables(script, tmp_path):
 
 
 def test_compute_gap_is_read_off_the_reference_at_equal_bits():
-    def row(positions, bits, system="autoregressive", corpus="text"):
+    def row(positions, bits, system="autoregressive", corpus="text", settings=()):
         bits = {"0": {"bits_per_byte": bits}}
-        return {"system": system, "corpus": corpus, "positions": positions, "bits": bits}
+        return {"system": system, "corpus": corpus, "set": settings, "positions": positions, "bits": bits}
 
     rows = [row(100, 4.0), row(400, 2.0), row(400, 3.0), row(800, 2.5), row(50, 1.0, "ours"), row(50, 1.0, corpus="-")]
+    rows += [row(50, 1.0, settings=["lr=1"]), row(200, 2.0, "autoregressive, shift")]
     curve = autoregressive_curve(rows, "text")
     assert curve == [(100, 4.0), (400, 2.0)]  # the best of equal budgets; more compute that did not help is left out
+    assert autoregressive_curve(rows, "text", "autoregressive, shift") == [(200, 2.0)]
     assert compute_gap(600, 3.0, curve) == "3.0"  # between 100 and 400, in the logarithm: at 200
     assert compute_gap(600, 4.5, curve) == "> 6.0" and compute_gap(600, 1.5, curve) == "< 1.5"
 
