@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
-from ds_tokimg.diffusion import alpha_sigma
+from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.heads import DigitHead, LinearHead, TokenHead
 from ds_tokimg.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
 
@@ -147,6 +147,9 @@ class JiT(nn.Module):
         self.before_embed = nn.Linear(config.width, config.width, bias=False)
         self.segment_embed = nn.Embedding(2, config.width)  # by kind
         self.time_embed = TimestepEmbedding(config.width)
+        # Beyond it nothing can be read, and most ways to draw noise levels never go there: sampling, which begins
+        # there, must not depend on what the network makes of levels that it has not seen.
+        self.noisiest = float(timestep_of_log_snr(torch.tensor(readable_band(codec.radix).low)))
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         # From left to right, noisy patches go through the blocks from this one on.
         self.entry = config.depth - config.noisy_depth if config.noisy_depth else 0
@@ -374,7 +377,8 @@ class JiT(nn.Module):
         shown = self.before_embed(own)
         first = torch.zeros_like(shown[:, :1]) if first is None else first
         before = torch.cat([first, shown[:, :-1]], 1)
-        return Segment(kind, own, shown, before, self.time_embed(level), valid, positions)
+        time = self.time_embed(level.clamp(max=self.noisiest))
+        return Segment(kind, own, shown, before, time, valid, positions)
 
     def _prompt_segment(self, patches: Tensor, slot_mask: Tensor) -> Segment:
         """The condition; its last patch gets position -1, so that it stands next to the image's first."""
