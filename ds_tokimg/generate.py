@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         "--num_inference_steps",
         type=int,
         metavar="N",
-        help=f"network evaluations, of every block (default: {MAX_STEPS}, or {STEPS_PER_TOKEN} a token of a block)",
+        help=f"network evaluations, of every block (default: {MAX_STEPS}, or {STEPS_PER_TOKEN} a token of a block; "
+        "1 where that is exact)",
     )
     add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="default: %(default)s")
     add(

@@ -25,13 +25,13 @@ from torch import Tensor
 from ds_tokimg.batch import PatchLayout
 from ds_tokimg.bound import noise_levels
 from ds_tokimg.diffusion import alpha_sigma, timestep_of_log_snr
+from ds_tokimg.heads import TokenHead
 from ds_tokimg.loss import probabilities
 from ds_tokimg.model import JiT, Memory, Prediction
 from ds_tokimg.rng import Stream, generator
 
 SAMPLERS = ("ancestral", "euler", "heun")
 START = 999.0  # the noisiest timestep
-# One step is enough for a block of one token, whose first posterior is already the right one.
 MAX_STEPS, STEPS_PER_TOKEN = 64, 4
 
 
@@ -40,7 +40,8 @@ class SamplingOptions:
     """How to sample.
 
     steps: network evaluations, of every block (two a step for `heun`, so half as many steps); None: MAX_STEPS, or, if
-        these are fewer, STEPS_PER_TOKEN for each token of a block.
+        these are fewer, STEPS_PER_TOKEN for each token of a block; 1 for a block of one token that `ancestral` draws
+        from a posterior over tokens: the first one is already the right one.
     block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
     guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
     Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
@@ -213,6 +214,8 @@ class _Walk:
         if steps is None:
             block = self.options.block_size * self.layout.slots
             steps = min(MAX_STEPS, STEPS_PER_TOKEN * block) if block else MAX_STEPS
+            if block == 1 and self.options.sampler == "ancestral" and isinstance(self.model.head, TokenHead):
+                steps = 1
         return max(1, steps // 2) if self.options.sampler == "heun" else steps
 
     # ---- predictions ----

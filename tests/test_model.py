@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ds_tokimg.codec import TokenCodec
-from ds_tokimg.diffusion import add_noise_to_timestep
+from ds_tokimg.diffusion import TimestepSampler, add_noise_to_timestep
 from ds_tokimg.layers import rotate
 from ds_tokimg.model import JiT, JiTConfig, config_of_name, model_names
 from tests.tiny import tiny_model
@@ -556,3 +556,13 @@ def test_noisy_patches_that_enter_late_know_what_was_read_up_to_there():
     assert not changed[0] and changed[1:].all()  # before the first there is nothing
     with pytest.raises(ValueError, match="noisy_depth is 3; the model has 2 blocks"):
         tiny_model(CODEC, noisy_depth=3)
+
+
+def test_the_network_is_told_no_noisier_level_than_training_has():
+    """Sampling begins beyond: there the network must not be asked what it has never seen."""
+    model = tiny_model(CODEC)
+    told = []
+    model.time_embed.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0]))
+    levels = torch.tensor([TimestepSampler("noisy", CODEC.radix)(torch.tensor(0.0)), 999.0, 300.0])
+    model.predict(torch.zeros(3, 16, model.slots * CODEC.digits_per_token), levels, torch.ones(3, 16, model.slots) > 0)
+    torch.testing.assert_close(told[0][:, 0], torch.stack([levels[0], levels[0], levels[2]]))

@@ -179,6 +179,19 @@ def test_evaluations_unless_told(block_size, steps):
     assert len(times) == len(set(times)) == steps
 
 
+@pytest.mark.parametrize(
+    ("sampler", "posterior", "steps"),
+    [("ancestral", "tokens", 1), ("ancestral", "digits", 4), ("euler", "tokens", 4), ("heun", "tokens", 3)],
+)
+def test_a_token_alone_is_drawn_in_one_step_where_that_is_exact(sampler, posterior, steps):
+    """Not from a posterior over digits, and not by the most likely one."""
+    model = tiny_model(TokenCodec(50, token_size=2), patch_size=2, posterior=posterior).eval()
+    calls, original = [], model.predict
+    model.predict = lambda *a, **k: calls.append(1) or original(*a, **k)
+    sample(model, [2], SamplingOptions(block_size=1, sampler=sampler))
+    assert len(calls) == 2 * steps
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_states_follow_the_noising_path(sampler):
     """At each noise level the mean square of the state is that of the path: signal there, noise there."""
