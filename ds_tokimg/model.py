@@ -149,7 +149,8 @@ class JiT(nn.Module):
         self.time_embed = TimestepEmbedding(config.width)
         # Beyond it nothing can be read, and most ways to draw noise levels never go there: sampling, which begins
         # there, must not depend on what the network makes of levels that it has not seen.
-        self.noisiest = float(timestep_of_log_snr(torch.tensor(readable_band(codec.radix).low)))
+        with torch.device("cpu"):  # a number also where the model is built without data (meta)
+            self.noisiest = float(timestep_of_log_snr(torch.tensor(readable_band(codec.radix).low)))
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         # From left to right, noisy patches go through the blocks from this one on.
         self.entry = config.depth - config.noisy_depth if config.noisy_depth else 0
