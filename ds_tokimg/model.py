@@ -10,12 +10,10 @@ may enter late (`noisy_depth`), with what the transformer has already made of th
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.heads import DigitHead, LinearHead, TokenHead
 from ds_tokimg.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
+from ds_tokimg.segments import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 
 #                 depth, width, heads
 SIZES = {
@@ -37,7 +36,6 @@ SIZES = {
 PATCH_SIZES = (2, 4, 8)
 HEADS = ("posterior", "linear")
 POSITIONS = ("reading", "grid")
-NOISY, CLEAN = 0, 1  # kinds of segments
 # Up to this vocabulary a posterior over whole tokens costs less than the transformer of the smallest model.
 TOKEN_POSTERIOR_LIMIT = 4096
 
@@ -62,35 +60,6 @@ class JiTConfig:
 
 def model_names() -> list[str]:
     return [f"JiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
-
-
-class Segment(NamedTuple):
-    """Patches that enter the transformer together: the condition, the clean context, or the noisy patches."""
-
-    kind: int  # CLEAN or NOISY
-    own: Tensor  # [B, n, C], the embedding of each patch
-    shown: Tensor  # [B, n, C], what each shows to the one after it
-    before: Tensor  # [B, n, C], what the one before it shows, 0 where there is none
-    time: Tensor  # [B, n or 1, 6C], modulation of their noise level
-    valid: Tensor  # [B, n] bool
-    positions: Tensor  # [B, n]
-
-
-class Memory:
-    """Clean patches that the transformer has read, none at first: their keys and values in every block,
-    [B, heads, M, d] each, and what the last one shows to a clean and to a noisy patch after it."""
-
-    def __init__(self, depth: int, batch: int, device):
-        self.past: list[list[Tensor]] = [[] for _ in range(depth)]
-        self.valid = torch.ones(batch, 0, dtype=torch.bool, device=device)  # [B, M]
-        self.shown: Tensor | None = None  # [B, 1, C]; None: nothing
-        self.shown_to_noisy: Tensor | None = None  # the same
-
-    def for_one_pass(self) -> Memory:
-        """A copy to which a pass may add without changing this."""
-        memory = copy.copy(self)
-        memory.past = [list(past) for past in self.past]
-        return memory
 
 
 class Prediction:
@@ -330,7 +299,7 @@ class JiT(nn.Module):
         memory.shown = None if positions is None else segment.shown[:, -1:]
         memory.shown_to_noisy = memory.shown
         if self.entry:
-            memory.shown_to_noisy = self.read_embed(self.read_norm(_last_valid(x, segment.valid)))
+            memory.shown_to_noisy = self.read_embed(self.read_norm(last_valid(x, segment.valid)))
         self._transform(x, [segment], slice(self.entry, None), memory=memory)
         memory.valid = torch.cat([memory.valid, segment.valid], 1)
         return memory
@@ -405,7 +374,7 @@ class JiT(nn.Module):
         count = image.own.shape[1]
         first = torch.zeros_like(read[:, :1])
         if len(segments) > 1:
-            first = _last_valid(read[:, :-count], segments[0].valid)
+            first = last_valid(read[:, :-count], segments[0].valid)
         return self.read_embed(self.read_norm(torch.cat([first, read[:, -count:-1]], 1)))
 
     def _transform(self, x: Tensor, segments: list[Segment], layers: slice, blocks=None, memory=None) -> Tensor:
@@ -424,7 +393,7 @@ class JiT(nn.Module):
         rotation = self._rotation(positions)
         keys = (valid if memory is None else torch.cat([memory.valid, valid], 1))[:, None, :]  # [B, 1 or L, M + L]
         if blocks is not None:
-            keys = keys & _seen_from_left_to_right(blocks, x.shape[1], segments[-1].kind == NOISY)
+            keys = keys & seen_from_left_to_right(blocks, x.shape[1], segments[-1].kind == NOISY)
         # A row that sees nothing valid attends to everything: its output is ignored but must stay finite.
         keys = (keys | ~keys.any(-1, keepdim=True))[:, None]
         pasts = [None] * len(self.blocks) if memory is None else memory.past
@@ -472,26 +441,6 @@ def config_of_name(name: str, **options) -> JiTConfig:
     if not name.startswith("JiT-") or size not in SIZES or patch not in map(str, PATCH_SIZES):
         raise ValueError(f"unknown model {name!r}; available: {', '.join(model_names())}")
     return JiTConfig(*SIZES[size], patch_size=int(patch), **options)
-
-
-def _seen_from_left_to_right(blocks: Tensor, length: int, noisy_too: bool) -> Tensor:
-    """Who sees whom among `length` positions, bool [L, L]: a condition, N clean and, in the end, N noisy patches.
-
-    Everyone sees the condition. A clean patch sees the clean ones of its own and earlier blocks, a noisy one the clean
-    ones of earlier blocks and the noisy ones of its own (Arriola et al., "Block diffusion", 2025, section 3.2).
-    """
-    count, device = len(blocks), blocks.device
-    image = torch.cat([blocks, blocks]) if noisy_too else blocks
-    block = torch.cat([torch.full((length - len(image),), -1, device=device), image])
-    noisy = torch.arange(length, device=device) >= length - (count if noisy_too else 0)
-    reader, seen = block[:, None], block[None, :]
-    return torch.where(noisy[None, :], noisy[:, None] & (seen == reader), seen + noisy[:, None].long() <= reader)
-
-
-def _last_valid(x: Tensor, valid: Tensor) -> Tensor:
-    """The last valid patch of each row of x [B, n, C], whose valid ones come first; 0 if there is none: [B, 1, C]."""
-    count = valid.sum(1)[:, None, None]
-    return x.gather(1, (count - 1).clamp(min=0).expand(-1, -1, x.shape[-1])) * (count > 0)
 
 
 def _mask_slots(probabilities: Tensor, slot_mask: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ from ds_tokimg.bound import noise_levels
 from ds_tokimg.diffusion import alpha_sigma, timestep_of_log_snr
 from ds_tokimg.heads import TokenHead
 from ds_tokimg.loss import probabilities
-from ds_tokimg.model import JiT, Memory, Prediction
+from ds_tokimg.model import JiT, Prediction
 from ds_tokimg.rng import Stream, generator
+from ds_tokimg.segments import Memory
 
 SAMPLERS = ("ancestral", "euler", "heun")
 START = 999.0  # the noisiest timestep
