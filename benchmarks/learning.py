@@ -3,7 +3,8 @@
     python benchmarks/learning.py --system ours --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
     python benchmarks/learning.py --table
 
-Corpora: the bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text.
+Corpora: the bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text. Another
+tokenizer makes another corpus of it (bits per byte compare, bits per token do not).
 
 Every run adds a line to benchmarks/learning.jsonl; `--table` prints all lines as the table of learning.md. All systems
 share blocks, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward and
@@ -115,7 +116,7 @@ class Ours:
         options = SamplingOptions(steps=steps, block_size=self.block_sizes[0])
         return sample(self.module.model, [length] * count, options)[0]
 
-    def bits(self, block_size: int, levels: int) -> dict:
+    def bits(self, block_size: int, levels: int, one_step: bool = False) -> dict:
         bound = bound_of(
             self.module,
             self.parts.text_format,
@@ -123,6 +124,7 @@ class Ours:
             self.parts.eval_set,
             num_levels=levels,
             block_size=block_size,
+            one_step=one_step,
         )
         return {"bits_per_token": bound.bits_per_token, "bits_per_byte": bound.bits_per_byte}
 
@@ -210,6 +212,7 @@ def prepare(arguments):
     extra = {name: _value(value) for name, value in extra.items()}
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     settings = RECIPE | SYSTEMS[arguments.system] | {k: v for k, v in extra.items() if k in fields}
+    settings["tokenizer_path"] = arguments.tokenizer
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(seed=arguments.seed, **settings | corpus_settings(arguments.corpus, folder))
         config.validate()
@@ -291,11 +294,13 @@ def main() -> None:
     add = parser.add_argument
     add("--system", choices=SYSTEMS, default="ours")
     add("--corpus", choices=["web_narrative", "python"], default="web_narrative")
+    add("--tokenizer", metavar="DIR", help="a tokenizer to load (default: one of 1,024 ids, trained on the corpus)")
     add("--positions", type=float, default=1e6)
     add("--batch", type=int, default=16)
     add("--lr", type=float, default=3e-3)
     add("--seed", type=int, default=0)
     add("--levels", type=int, default=8, help="noise levels a text is evaluated at")
+    add("--many_steps", action="store_true", help="also the bound of many small steps where one is exact")
     add("--paths", type=int, nargs="*", help="block sizes of the bounds to measure (default: those trained)")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the trainer; blocks=[1,4]: in turn")
     add("--note", default="", help="kept with the result")
@@ -308,14 +313,21 @@ def main() -> None:
         return print_table()
     keep_freed_memory()
     system = prepare(arguments)
-    row = {"system": arguments.system, "corpus": arguments.corpus, "set": arguments.set}
+    corpus = arguments.corpus + (f", {Path(arguments.tokenizer).name}" if arguments.tokenizer else "")
+    row = {"system": arguments.system, "corpus": corpus, "set": arguments.set}
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
     row |= train(system, arguments)
     system.module.eval()
     parameters = sum(p.numel() for p in system.module.model.blocks.parameters())
     row |= {"parameters": parameters, "threads": torch.get_num_threads()}
     paths = arguments.paths or getattr(system, "block_sizes", [0])
-    row["bits"] = {path: system.bits(path, arguments.levels) for path in paths}
+    row["bits"] = {}
+    for path in paths:
+        one_step = isinstance(system, Ours) and system.module.model.draws_in_one_step(path)
+        if one_step:
+            row["bits"][f"{path}, one step"] = system.bits(path, arguments.levels, one_step=True)
+        if not one_step or arguments.many_steps:
+            row["bits"][path] = system.bits(path, arguments.levels)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))

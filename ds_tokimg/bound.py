@@ -9,6 +9,9 @@ A Gaussian diffusion model bounds the likelihood of what it generates (Kingma et
 
 The integral is estimated on stratified noise levels with fixed noise per sample, so the figure is reproducible. Our
 noising path is another scaling of the same process: SNR and clean_pred, hence the bound, do not depend on it.
+
+That is the bound of sampling in many small steps. Of a single step, from pure noise straight to the tokens, it is the
+last two terms, both at the noise level where sampling starts (the same theory, eq. 11 with T = 1).
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ import torch
 from torch import Tensor
 
 from ds_tokimg.batch import PatchLayout, blocks_of, fill_canvas, stagger
-from ds_tokimg.diffusion import LOG_SNR_MIN, MARGIN, bound_range, information_rate, timestep_of_log_snr
+from ds_tokimg.diffusion import (
+    LOG_SNR_MIN,
+    LOG_SNR_START,
+    MARGIN,
+    bound_range,
+    information_rate,
+    timestep_of_log_snr,
+)
 from ds_tokimg.rng import Stream, generator, low_discrepancy
 
 # Noise levels a text is evaluated at, in training and by `evaluate`.
@@ -91,9 +101,9 @@ class Bound:
         return float(residual.std(ddof=1) * math.sqrt(len(residual)) / self.tokens.sum())
 
 
-def prior_nats(clean: Tensor) -> Tensor:
-    """KL(q(z at LOG_SNR_MIN) || N(0, 1)) of clean values [..., D], summed over the last axis, in nats."""
-    alpha2 = 1.0 / (1.0 + math.exp(-LOG_SNR_MIN))
+def prior_nats(clean: Tensor, log_snr: float = LOG_SNR_MIN) -> Tensor:
+    """KL(q(z at log_snr) || N(0, 1)) of clean values [..., D], summed over the last axis, in nats."""
+    alpha2 = 1.0 / (1.0 + math.exp(-log_snr))
     sigma2 = 1.0 - alpha2
     return 0.5 * (alpha2 * clean.double() ** 2 + sigma2 - 1.0 - math.log(sigma2)).sum(-1)
 
@@ -118,6 +128,7 @@ def estimate_bound(
     conditional: bool = False,
     self_conditioning: bool = False,
     block_size: int = 0,
+    one_step: bool = False,
     canvas: int = 0,
     eos_id: int = 0,
     patches_per_batch: int = 1024,
@@ -129,12 +140,15 @@ def estimate_bound(
     """Bounds -log p of every text of a data set.
 
     Args:
-        forward: `TrainingLoss.forward` with per_patch=True (or the engine around it).
+        forward: `TrainingLoss.forward` with per_patch=True (or the engine around it); `one_step` does not need its
+            mean.
         dataset: has `len`, `.ids(i)`, `.num_bytes`, and `.prompt_ids(i)` when `conditional`.
         timesteps: the `TimestepSampler` of training; weights the reported objective as training does.
         num_levels: noise levels a text is evaluated at, stratified within the text and across texts.
         block_size: 0 bounds the path on which all patches lose their noise together; else that on which blocks of so
             many patches do so one after another, each seeing the clean ones before it.
+        one_step: every block is drawn in one step from pure noise, instead of many small ones. An upper bound for any
+            model with a posterior; tight where the tokens of a block do not depend on each other, so for one alone.
         canvas: patches that a conditional answer is filled up to (the model does not know its length).
         patches_per_batch: size of the batches that are evaluated.
         rank, world_size, all_reduce: texts are dealt over the ranks; all_reduce sums a float64 tensor over them.
@@ -143,7 +157,7 @@ def estimate_bound(
     """
     if not len(dataset):
         raise ValueError("there are no validation texts to bound")
-    batches = _ValidationBatches(dataset, layout, seed, conditional, self_conditioning, canvas, eos_id)
+    batches = _ValidationBatches(dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, one_step)
     levels = noise_levels(layout.codec.radix)
     sums = torch.zeros(len(dataset), 3, dtype=torch.float64)  # nats, objective, valid pixels
     by_level = torch.zeros(len(ACCURACY_BINS) - 1, 3, dtype=torch.float64)  # correct, invalid, tokens
@@ -155,21 +169,31 @@ def estimate_bound(
         for level in range(num_levels):
             log_snr, density = levels.quantile((level + batches.offsets(indices, block_size)) / num_levels)
             batch = batches.make(indices, torch.from_numpy(log_snr), level, block_size)
-            with torch.no_grad():
-                result = forward({name: value.to(device) for name, value in batch.items()})
+            result = _measure(forward, batch, device)
             if len(indices):
                 _add(sums, by_level, indices, batch, result, log_snr, density * num_levels, timesteps)
+        if one_step:
+            log_snr = torch.full((len(indices), 1), LOG_SNR_START, dtype=torch.float64)
+            nats = _measure(forward, batches.make(indices, log_snr, num_levels, block_size), device)["nats"]
+            sums[torch.from_numpy(indices), 0] = nats.sum(1)[: len(indices)]
     sums, by_level = all_reduce(sums), all_reduce(by_level)
     return _summary(sums, by_level, batches, layout, dataset, num_levels)
 
 
+@torch.no_grad()
+def _measure(forward: Callable, batch: dict[str, Tensor], device) -> dict[str, Tensor]:
+    """Sums per patch, float64 [B, N]."""
+    result = forward({name: value.to(device) for name, value in batch.items()})
+    return {name: value.double().cpu() for name, value in result.items()}
+
+
 def _add(sums, by_level, indices, batch, result, log_snr, weight, timesteps) -> None:
     """Adds one batch's integrand to the sums of its samples. `weight`: sampling density times levels a sample."""
-    result = {name: value.double().cpu() for name, value in result.items()}  # [B, N]
     t = batch["t"].double().view(len(indices), -1)  # [B, N or 1], as are log_snr and weight
     snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
     rows = torch.from_numpy(indices)
-    sums[rows, 0] += (0.5 * snr / weight * result["squared_error"]).sum(1)
+    if "squared_error" in result:
+        sums[rows, 0] += (0.5 * snr / weight * result["squared_error"]).sum(1)
     # The objective is an average over the training's noise levels: importance weights turn ours into those.
     sums[rows, 1] += (timesteps.density(t).double() / weight * result["loss"]).sum(1)
     bins = torch.bucketize(t, torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True).expand_as(result["loss"])
@@ -198,10 +222,10 @@ def _summary(sums, by_level, batches, layout, dataset, num_levels) -> Bound:
 class _ValidationBatches:
     """The texts as batches of similar length with fixed noise."""
 
-    def __init__(self, dataset, layout, seed, conditional, self_conditioning, canvas, eos_id):
+    def __init__(self, dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, one_step):
         self.dataset, self.layout, self.seed = dataset, layout, seed
         self.conditional, self.self_conditioning = conditional, self_conditioning
-        self.canvas, self.eos_id = canvas, eos_id
+        self.canvas, self.eos_id, self.one_step = canvas, eos_id, one_step
         lengths = [self.scored_tokens(i) for i in range(len(dataset))]
         self.patches = np.asarray(layout.num_patches(lengths))
 
@@ -222,6 +246,8 @@ class _ValidationBatches:
         """The terms of the bound that need no network."""
         codec = self.layout.codec
         colours = codec.codebook[torch.from_numpy(self.ids(index))]
+        if self.one_step:
+            return float(prior_nats(colours, LOG_SNR_START).sum())
         return float(prior_nats(colours).sum()) + colours.numel() * decoding_nats()
 
     def groups(self, patches_per_batch: int) -> list[np.ndarray]:
@@ -286,7 +312,7 @@ def bits_per_token(
         texts: lists of token ids (each at most the image's capacity).
         prompts: a list of token ids per text that the model is conditioned on, or None.
         num_levels: noise levels a text is evaluated at; more give a smaller error.
-        block_size: the path of the bound, see `estimate_bound`.
+        block_size: the path of the bound, of many small steps, see `estimate_bound`.
     """
     from ds_tokimg.loss import TrainingLoss
 

@@ -84,7 +84,7 @@ class TrainConfig:
     model: str = _model("JiT-XS/4", "size and patch of the transformer, such as JiT-B/4")
     positions: str = _model("reading", "a patch's position: reading order or grid", ("reading", "grid"))
     head: str = _model("posterior", "digit posteriors, or plain linear output", ("posterior", "linear"))
-    posterior: str = _model("auto", "what the posterior head is over", ("auto", "digits", "tokens"))
+    posterior: str = _model("auto", "what the posterior head is over", ("auto", "digits", "tokens", "tree"))
     activation_checkpointing: bool = _model(False, "recompute activations: less memory, more time")
     compile: bool = _model(False, "compile the blocks: faster steps, a slow start (a CPU needs a C++ compiler)")
 

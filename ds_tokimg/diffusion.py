@@ -21,6 +21,8 @@ from torch import Tensor
 NUM_TIMESTEPS = 1000
 # The clean end of the path has no noise at all: its log-SNR is reported as that of this timestep.
 MIN_TIMESTEP = 1e-2
+START = 999.0  # the timestep where sampling begins
+LOG_SNR_START = 2.0 * math.log((NUM_TIMESTEPS - START) / START)
 # Where the bound's integral over log-SNR begins: hardly any signal is left.
 LOG_SNR_MIN = -8.0
 # At the other end this many standard deviations of noise fit into half a step between levels.

@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
     options = {"num_levels": arguments.noise_levels, "seed": arguments.seed, "device": arguments.device}
     if arguments.block_size is not None:
         options["block_size"] = arguments.block_size
+    if arguments.many_steps:
+        options["one_step"] = False
     bound = bound_of(module, trained.format, trained.layout, dataset, **options)
     report(bound, trained.path, arguments.data_path)
     if arguments.json:
@@ -56,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="patches that lose their noise together, from left to right; 0: the whole image (default: as trained)",
+    )
+    add(
+        "--many_steps",
+        action="store_true",
+        help="the bound of sampling in many small steps, also where generate takes a single one (a token alone)",
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
     add("--cache_dir", metavar="DIR", help="where tokenised data is cached")
@@ -95,13 +102,19 @@ def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split
 
 
 def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **options) -> Bound:
-    """The bound of a model on a data set in its text format; `options` are those of `estimate_bound`."""
+    """The bound of a model on a data set in its text format, as `generate` would write it: in one step where that is
+    exact. `forward`: the module, or an engine around it. `options` are those of `estimate_bound`."""
+    block_size = options.pop("block_size", text_format.block_size)
+    one_step = options.pop("one_step", None)
+    if one_step is None:
+        one_step = module.model.draws_in_one_step(block_size)
     return estimate_bound(
-        options.pop("forward", partial(module, per_patch=True)),
+        partial(options.pop("forward", module), per_patch=True, with_mean=not one_step),
         dataset,
         layout,
         timesteps=module.timesteps,
-        block_size=options.pop("block_size", text_format.block_size),
+        block_size=block_size,
+        one_step=one_step,
         conditional=text_format.enable_condition,
         self_conditioning=module.model.config.self_conditioning,
         canvas=text_format.canvas,

@@ -17,6 +17,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from ds_tokimg.heads import TreeHead
 from ds_tokimg.model import JiT
 
 PEAK_SECONDS = 0.2
@@ -61,10 +62,13 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     flops += linear(model.final.modulation, levels)
     if not learned_input:
         return flops + linear(model.head.output, samples * patches)
-    inputs = 2 if model.config.self_conditioning and "self_condition" in batch and backward else 1
-    flops += linear(model.head.token_input, positions * slots, data) * inputs
     if isinstance(model.head.to_tokens, nn.Linear):
         flops += linear(model.head.to_tokens, samples * patches)
+    if isinstance(model.head, TreeHead):
+        width, depth = model.head.token_output.in_features, model.head.way.shape[1]
+        return flops + 2 * samples * patches * slots * width * depth * hidden
+    inputs = 2 if model.config.self_conditioning and "self_condition" in batch and backward else 1
+    flops += linear(model.head.token_input, positions * slots, data) * inputs
     return flops + linear(model.head.token_output, samples * patches * slots)
 
 

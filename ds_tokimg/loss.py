@@ -81,14 +81,15 @@ class TrainingLoss(nn.Module):
         self.schedule = EntropicSchedule(self.timesteps.band) if timesteps == "entropic" else None
         self.register_buffer("digit_table", model.codec.digit_table, persistent=False)  # [V, D] uint8
 
-    def forward(self, batch: dict[str, Tensor], per_patch: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], per_patch: bool = False, with_mean: bool = True) -> dict[str, Tensor]:
         """One micro-batch -> {"loss_sum": scalar, float32, with gradient} and sums for the log.
 
         batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
         conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool.
         With `blocks` [N] int64 the text is predicted from left to right (`JiT.predict`).
         With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
-        objective), "squared_error" (digits summed), "correct" and "invalid" (tokens).
+        objective), "nats" (cross-entropy; heads with a posterior), "squared_error" (digits summed; `with_mean`: of the
+        posterior mean, which may cost more than the rest), "correct" and "invalid" (tokens).
         """
         if self.schedule is not None and not per_patch:  # the bound brings noise levels of its own
             batch = batch | {"t": self.schedule.warp(batch["t"])}
@@ -105,29 +106,44 @@ class TrainingLoss(nn.Module):
         if not per_patch:
             loss_sum, nats = self._loss_sum(prediction, target, batch["mask"])
             seen = {} if self.schedule is None else self.schedule.seen(target.t, nats.sum(-1), batch["mask"].sum(-1))
-            return {"loss_sum": loss_sum} | self._progress(prediction, target, batch) | seen
-        losses = token_losses(self.objective, prediction, target) * batch["mask"]  # [B, N, K]
-        ids, invalid = self.model.read(prediction)
-        tokens = {
-            "loss": losses,
-            "squared_error": token_losses("mse", prediction, target) * batch["mask"],
-            "correct": (ids == batch["ids"]) & batch["mask"],
-            "invalid": invalid & batch["mask"],
-        }
+            return {"loss_sum": loss_sum} | self._progress(prediction, target, batch, nats) | seen
+        tokens = self._per_token(prediction, target, batch["mask"], with_mean)
         return {name: value.double().sum(-1) for name, value in tokens.items()}
 
+    def _per_token(self, prediction: Prediction, target: Target, mask: Tensor, with_mean: bool) -> dict[str, Tensor]:
+        """What `forward` sums over the tokens of a patch, each [B, N, K]."""
+        tokens = {}
+        if with_mean:
+            tokens["squared_error"] = token_losses("mse", prediction, target) * mask
+        if self.model.head.features:
+            tokens["nats"] = prediction.loss_sum(target.ids, mask)[1]
+        if self.objective == "ce":
+            tokens["loss"] = tokens["nats"]
+        else:
+            tokens["loss"] = token_losses(self.objective, prediction, target) * mask
+        ids, invalid = self.model.read(prediction)
+        return tokens | {"correct": (ids == target.ids) & mask, "invalid": invalid & mask}
+
     @torch.no_grad()
-    def _progress(self, prediction: Prediction, target: Target, batch) -> dict[str, Tensor]:
-        """Sums for the log: tokens, slots and operations; when asked for, also the bound in nats and its tokens (of the
-        samples with one noise level, over the noise levels that are trained)."""
+    def _progress(self, prediction: Prediction, target: Target, batch, nats: Tensor | None) -> dict[str, Tensor]:
+        """Sums for the log: tokens, slots and operations; when asked for, also the bound in nats and its tokens: of
+        those at full noise where a token is drawn in one step (their `nats`, if they are known), else of the samples
+        with one noise level, over the noise levels that are trained."""
         mask = batch["mask"]
         sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
         sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
-        if self.measure_bound:
+        if self.measure_bound and nats is not None and self._one_step(batch):
+            noisiest = (target.t >= self.model.noisiest - 1e-2)[..., None] & mask
+            sums["bound_nats"], sums["bound_tokens"] = (nats * noisiest).sum(), noisiest.sum()
+        elif self.measure_bound:
             whole = self._follows_the_path(target.t, batch)[:, None, None] & mask
             sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
             sums["bound_tokens"] = whole.sum()
         return sums
+
+    def _one_step(self, batch) -> bool:
+        """The batch is of blocks that are drawn in one step."""
+        return "blocks" in batch and self.model.draws_in_one_step(1) and bool((torch.diff(batch["blocks"]) > 0).all())
 
     def _elbo_weight(self, level: Tensor) -> Tensor:
         """For the density with which this batch's noise levels were drawn."""

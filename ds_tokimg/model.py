@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
-from ds_tokimg.heads import DigitHead, LinearHead, TokenHead
+from ds_tokimg.heads import CandidateTokens, DigitHead, LinearHead, TokenHead, TreeHead, cross_entropy
 from ds_tokimg.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
 from ds_tokimg.segments import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 
@@ -35,8 +35,9 @@ SIZES = {
 }
 PATCH_SIZES = (2, 4, 8)
 HEADS = ("posterior", "linear")
+POSTERIORS = {"tokens": TokenHead, "digits": DigitHead, "tree": TreeHead}
 POSITIONS = ("reading", "grid")
-# Up to this vocabulary a posterior over whole tokens costs less than the transformer of the smallest model.
+# Up to this vocabulary weighing all tokens costs less than the transformer of the smallest model.
 TOKEN_POSTERIOR_LIMIT = 4096
 
 
@@ -86,9 +87,19 @@ class Prediction:
     def clean(self) -> Tensor:
         return self._output if self.logits is None else self._head.clean(self.logits)
 
+    def likeliest(self) -> Tensor:
+        """The likeliest candidates, indices along the last axis of the logits (of a tree, by the likelier half at every
+        node)."""
+        if "logits" in self.__dict__ or not hasattr(self._head, "walk"):
+            return self.logits.argmax(-1)
+        return self._head.walk(self._output, self._evidence)
+
     def loss_sum(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of ids [B, N, K] in nats, summed over valid tokens, and that of each token, without gradient:
-        cheaper than through the logits."""
+        cheaper than through the logits, unless these are there anyway."""
+        if "logits" in self.__dict__:
+            losses = cross_entropy(self.logits, ids, self._head.digit_table) * mask
+            return losses.sum(), losses.detach()
         return self._head.loss_sum(self._output, self._evidence, ids, mask)
 
 
@@ -313,11 +324,16 @@ class JiT(nn.Module):
 
         chosen: indices of the candidates along the last axis of the logits; None: the most likely ones.
         """
-        if prediction.logits is None:
+        if not self.head.features:
             return self.codec.nearest(prediction.clean.unflatten(-1, (self.slots, -1)))
-        chosen = prediction.logits.argmax(-1) if chosen is None else chosen
+        chosen = prediction.likeliest() if chosen is None else chosen
         colours = self.head.colours(chosen).unflatten(-1, (self.slots, -1))
         return self.codec.nearest(colours)
+
+    def draws_in_one_step(self, block_size: int) -> bool:
+        """Blocks of so many patches hold one token, of which there is a posterior at full noise: the first one that
+        is predicted is already the right one to draw from."""
+        return block_size * self.slots == 1 and isinstance(self.head, CandidateTokens)
 
     def _inputs(self, noisy, level, slot_mask, self_condition):
         """Features of the patches [B, N, F] (padding slots zeroed), and the head's evidence (None for `linear`)."""
@@ -429,10 +445,13 @@ def build_head(codec: TokenCodec, config: JiTConfig, slots: int) -> nn.Module:
         return LinearHead(codec, slots, config.width)
     posterior = config.posterior
     if posterior == "auto":
-        posterior = "tokens" if codec.vocab_size <= TOKEN_POSTERIOR_LIMIT else "digits"
-    if posterior not in ("tokens", "digits"):
-        raise ValueError(f"unknown posterior {posterior!r}; available: auto, tokens, digits")
-    return (TokenHead if posterior == "tokens" else DigitHead)(codec, slots, config.width)
+        # A posterior mean costs a tree as much as weighing all tokens, and where tokens share a patch, every step of
+        # sampling and every level of the bound needs one.
+        large = "tree" if slots == 1 else "digits"
+        posterior = "tokens" if codec.vocab_size <= TOKEN_POSTERIOR_LIMIT else large
+    if posterior not in POSTERIORS:
+        raise ValueError(f"unknown posterior {posterior!r}; available: auto, {', '.join(POSTERIORS)}")
+    return POSTERIORS[posterior](codec, slots, config.width)
 
 
 def config_of_name(name: str, **options) -> JiTConfig:

@@ -2,8 +2,8 @@
 
 Tokens become vectors by what stands left and right of them: positive pointwise mutual information, factorised by a
 truncated SVD (Levy and Goldberg, "Neural word embedding as implicit matrix factorization", 2014). The colour cube is
-then filled by splits: the widest side of the cube is halved, the tokens are sorted along the direction in which they
-differ most, and each half of the cube takes its share of them; and so on in each half. What a noisy colour gives away
+then filled by splits: it is halved (`ds_tokimg.tree`), the tokens are sorted along the direction in which they differ
+most, and each half of the cube takes its share of them; and so on in each half. What a noisy colour gives away
 first, which half of the cube it is in, thus is the coarsest fact about a token's use.
 """
 
@@ -13,6 +13,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+
+from ds_tokimg.codec import TokenCodec
+from ds_tokimg.tree import Halves, halve
 
 # The most frequent tokens count as neighbours; rarer ones say little and cost memory.
 _NEIGHBOURS = 2000
@@ -38,8 +41,8 @@ def semantic_palette(pieces: Iterable[np.ndarray], vocab_size: int, radix: int, 
     if len(stream) > 1:
         vectors = _embed(_mutual_information(stream, counts), _DIMENSIONS)
     palette = np.empty(vocab_size, dtype=np.int64)
-    digits = 3 * token_size**2
-    for tokens, codes in _split(vectors.numpy(), radix, digits):
+    halves = halve(TokenCodec(vocab_size, token_size, radix).digit_table.numpy())
+    for tokens, codes in _split(vectors.numpy(), halves):
         palette[tokens] = codes
     return palette
 
@@ -98,20 +101,20 @@ def _embed(matrix: torch.Tensor, dimensions: int) -> torch.Tensor:
     return left * values.sqrt()
 
 
-def _split(vectors: np.ndarray, radix: int, digits: int):
+def _split(vectors: np.ndarray, halves: Halves):
     """Yields (tokens, codes) pairs of equal length that say which token gets which code."""
-    everything = np.arange(len(vectors))
-    parts = [(everything, everything)]
+    node_of = {ends: node for node, ends in enumerate(zip(halves.first.tolist(), halves.last.tolist(), strict=True))}
+    parts = [(np.arange(len(vectors)), 0, len(vectors) - 1)]
     while parts:
-        tokens, codes = parts.pop()
+        tokens, first, last = parts.pop()
         direction = _main_direction(vectors[tokens])
         if direction is None:
-            yield tokens, codes
+            yield tokens, np.sort(halves.order[first : last + 1])
             continue
         tokens = tokens[np.argsort(vectors[tokens] @ direction, kind="stable")]
-        lower = _lower_half(codes, radix, digits)
-        size = np.count_nonzero(lower)
-        parts += [(tokens[:size], codes[lower]), (tokens[size:], codes[~lower])]
+        node = node_of[first, last]
+        size = node + 1 - first
+        parts += [(tokens[:size], first, node), (tokens[size:], node + 1, last)]
 
 
 def _main_direction(points: np.ndarray) -> np.ndarray | None:
@@ -124,12 +127,3 @@ def _main_direction(points: np.ndarray) -> np.ndarray | None:
         return (np.arange(points.shape[1]) == variance.argmax()).astype(points.dtype)
     direction = np.linalg.eigh(centred.T @ centred)[1][:, -1]
     return direction * np.sign(direction[np.abs(direction).argmax()])
-
-
-def _lower_half(codes: np.ndarray, radix: int, digits: int) -> np.ndarray:
-    """Halves a part of the cube across its widest side: bool [n], neither all nor none of at least two codes."""
-    powers = [radix**k for k in range(digits) if radix**k <= codes.max()]
-    table = codes[:, None] // np.array(powers) % radix  # [n, digits that vary]
-    lowest, highest = table.min(0), table.max(0)
-    side = (highest - lowest).argmax()
-    return table[:, side] < (lowest[side] + highest[side] + 1) / 2

@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from ds_tokimg import checkpoint as checkpoints
@@ -131,7 +130,7 @@ class Run:
                 parts.text_format,
                 parts.layout,
                 parts.eval_set,
-                forward=partial(engine, per_patch=True),
+                forward=engine,
                 rank=self.dist.rank,
                 world_size=self.dist.world_size,
                 all_reduce=self.dist.sum_tensor,

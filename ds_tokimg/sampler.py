@@ -24,15 +24,13 @@ from torch import Tensor
 
 from ds_tokimg.batch import PatchLayout
 from ds_tokimg.bound import noise_levels
-from ds_tokimg.diffusion import alpha_sigma, timestep_of_log_snr
-from ds_tokimg.heads import TokenHead
+from ds_tokimg.diffusion import START, alpha_sigma, timestep_of_log_snr
 from ds_tokimg.loss import probabilities
 from ds_tokimg.model import JiT, Prediction
 from ds_tokimg.rng import Stream, generator
 from ds_tokimg.segments import Memory
 
 SAMPLERS = ("ancestral", "euler", "heun")
-START = 999.0  # the noisiest timestep
 MAX_STEPS, STEPS_PER_TOKEN = 64, 4
 
 
@@ -215,7 +213,7 @@ class _Walk:
         if steps is None:
             block = self.options.block_size * self.layout.slots
             steps = min(MAX_STEPS, STEPS_PER_TOKEN * block) if block else MAX_STEPS
-            if block == 1 and self.options.sampler == "ancestral" and isinstance(self.model.head, TokenHead):
+            if self.options.sampler == "ancestral" and self.model.draws_in_one_step(self.options.block_size):
                 steps = 1
         return max(1, steps // 2) if self.options.sampler == "heun" else steps
 
