@@ -33,6 +33,7 @@ from benchmarks.references import Autoregressive, MaskedDiffusion, bits  # noqa:
 from ds_tokimg.allocator import keep_freed_memory  # noqa: E402
 from ds_tokimg.config import TrainConfig  # noqa: E402
 from ds_tokimg.evaluate import bound_of  # noqa: E402
+from ds_tokimg.heads import draws_in_one_step  # noqa: E402
 from ds_tokimg.loader import TrainBatchSampler  # noqa: E402
 from ds_tokimg.model import SIZES  # noqa: E402
 from ds_tokimg.optimizer import build_optimizer  # noqa: E402
@@ -323,7 +324,7 @@ def main() -> None:
     paths = arguments.paths or getattr(system, "block_sizes", [0])
     row["bits"] = {}
     for path in paths:
-        one_step = isinstance(system, Ours) and system.module.model.draws_in_one_step(path)
+        one_step = isinstance(system, Ours) and draws_in_one_step(system.module.model.head, path)
         if one_step:
             row["bits"][f"{path}, one step"] = system.bits(path, arguments.levels, one_step=True)
         if not one_step or arguments.many_steps:

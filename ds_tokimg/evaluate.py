@@ -10,6 +10,7 @@ from pathlib import Path
 from ds_tokimg.bound import DEFAULT_LEVELS, Bound, estimate_bound
 from ds_tokimg.config import Parser, UserError
 from ds_tokimg.dataset import TokenImageDataset
+from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.loss import TrainingLoss
 from ds_tokimg.trained import WEIGHTS, TextFormat, TrainedModel, absolute, load_trained
 
@@ -107,7 +108,7 @@ def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **o
     block_size = options.pop("block_size", text_format.block_size)
     one_step = options.pop("one_step", None)
     if one_step is None:
-        one_step = module.model.draws_in_one_step(block_size)
+        one_step = draws_in_one_step(module.model.head, block_size)
     return estimate_bound(
         partial(options.pop("forward", module), per_patch=True, with_mean=not one_step),
         dataset,

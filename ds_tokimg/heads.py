@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ds_tokimg.codec import TokenCodec
 from ds_tokimg.posterior import TokenInput, TokenOutput
-from ds_tokimg.tree import Halves, TreeOutput, halve
+from ds_tokimg.tree import Halves, TreeOutput, halves_of_code
 
 # Noise below this is treated as this: finite log-likelihoods for clean patches, and still hundreds of nats between
 # neighbouring levels of the finest code (radix 256).
@@ -196,14 +196,19 @@ class TreeHead(CandidateTokens):
         self.to_tokens = nn.Identity() if slots * token_width == width else nn.Linear(width, slots * token_width)
         self.token_output = TreeOutput(token_width, codec.vocab_size - 1)
         nn.init.normal_(self.token_input.weight, std=3.0 if slots == 1 else 0.2)
+        halves = halves_of_code(codec.vocab_size, codec.radix, codec.digits_per_token)
         nn.init.zeros_(self.token_output.weight)
-        nn.init.zeros_(self.token_output.bias)
-        self._register_tree(halve(codec.digit_table.numpy()))
+        with torch.no_grad():  # at first every token is as likely
+            self.token_output.bias.copy_(torch.from_numpy(halves.log_odds()))
+        self._register_tree(halves, codec)
 
-    def _register_tree(self, halves: Halves) -> None:
+    def _register_tree(self, halves: Halves, codec: TokenCodec) -> None:
         """Tables of the tree. A choice is a node (its lower half) or a node + V - 1 (its upper half)."""
-        way, nodes = halves.way, len(halves.side)
-        goes_up = np.argsort(halves.order)[:, None] > way  # [V, depth]
+        colour = np.arange(codec.vocab_size)  # of each token; a model without data (meta) has no palette
+        if codec.palette is not None and not codec.palette.is_meta:
+            colour = codec.palette.numpy()
+        way, nodes = halves.way[colour], len(halves.side)
+        goes_up = np.argsort(halves.order)[colour, None] > way  # [V, depth]
         depth = (way >= 0).sum(1)
         choice = way + goes_up * nodes
         tables = {"way": way.clip(0), "goes_up": goes_up, "on_way": way >= 0}
@@ -218,7 +223,7 @@ class TreeHead(CandidateTokens):
         leads_to[to_node[inner]], leads_to[to_token] = inner, ~np.arange(len(depth))
         tables |= {"to_node": to_node, "to_token": to_token, "leads_to": leads_to}
         for name, table in tables.items():
-            self.register_buffer(name, torch.from_numpy(table), persistent=False)
+            self.register_buffer(name, torch.from_numpy(table).to(self.digit_table.device), persistent=False)
         self.node_levels = [np.unique(way[depth > k, k]) for k in range(way.shape[1])]
 
     def features_of(self, evidence: Tensor) -> Tensor:
@@ -304,6 +309,12 @@ class LinearHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, N, C] -> clean patches [B, N, P], float32."""
         return self.output(hidden).float()
+
+
+def draws_in_one_step(head: nn.Module, block_size: int) -> bool:
+    """Blocks of so many patches are one token each, of which the head has a posterior: the first one, at full noise, is
+    already the right one to draw from."""
+    return isinstance(head, CandidateTokens) and block_size * head.slots == 1
 
 
 def full_precision(like: Tensor) -> torch.autocast:

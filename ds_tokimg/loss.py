@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ds_tokimg.diffusion import TimestepSampler, add_noise_to_timestep
 from ds_tokimg.flops import train_flops
-from ds_tokimg.heads import cross_entropy
+from ds_tokimg.heads import cross_entropy, draws_in_one_step
 from ds_tokimg.model import JiT, Prediction
 from ds_tokimg.schedule import EntropicSchedule
 
@@ -62,18 +62,20 @@ def probabilities(prediction: Prediction) -> Tensor:
 
 
 class TrainingLoss(nn.Module):
-    """Model and objective in one module, so that one engine owns both. Batches are those of `ds_tokimg.batch`.
+    """Model and objective in one module, so that one engine owns both. Batches are those of `ds_tokimg.batch`, in
+    blocks of `block_size` patches (0: whole images).
 
     Raises ValueError for an unknown objective, or for `ce` with a head that has no posterior.
     """
 
-    def __init__(self, model: JiT, objective: str = "ce", timesteps: str = "band"):
+    def __init__(self, model: JiT, objective: str = "ce", timesteps: str = "band", block_size: int = 0):
         super().__init__()
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}; available: {', '.join(OBJECTIVES)}")
         if objective == "ce" and not model.head.features:
             raise ValueError("objective ce needs head posterior; the linear head has no distribution over tokens")
         self.model, self.objective = model, objective
+        self.one_step = draws_in_one_step(model.head, block_size)  # how texts will be written, for the log
         self.measure_bound = False  # costs a softmax over all candidates that cross-entropy does not need
         if timesteps == "entropic" and not model.head.features:
             raise ValueError("timesteps entropic needs head posterior: it follows the cross-entropy of tokens")
@@ -132,7 +134,7 @@ class TrainingLoss(nn.Module):
         mask = batch["mask"]
         sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
         sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
-        if self.measure_bound and nats is not None and self._one_step(batch):
+        if self.measure_bound and nats is not None and self.one_step:
             noisiest = (target.t >= self.model.noisiest - 1e-2)[..., None] & mask
             sums["bound_nats"], sums["bound_tokens"] = (nats * noisiest).sum(), noisiest.sum()
         elif self.measure_bound:
@@ -140,10 +142,6 @@ class TrainingLoss(nn.Module):
             sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
             sums["bound_tokens"] = whole.sum()
         return sums
-
-    def _one_step(self, batch) -> bool:
-        """The batch is of blocks that are drawn in one step."""
-        return "blocks" in batch and self.model.draws_in_one_step(1) and bool((torch.diff(batch["blocks"]) > 0).all())
 
     def _elbo_weight(self, level: Tensor) -> Tensor:
         """For the density with which this batch's noise levels were drawn."""

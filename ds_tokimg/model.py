@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
-from ds_tokimg.heads import CandidateTokens, DigitHead, LinearHead, TokenHead, TreeHead, cross_entropy
+from ds_tokimg.heads import DigitHead, LinearHead, TokenHead, TreeHead, cross_entropy
 from ds_tokimg.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
 from ds_tokimg.segments import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 
@@ -329,11 +329,6 @@ class JiT(nn.Module):
         chosen = prediction.likeliest() if chosen is None else chosen
         colours = self.head.colours(chosen).unflatten(-1, (self.slots, -1))
         return self.codec.nearest(colours)
-
-    def draws_in_one_step(self, block_size: int) -> bool:
-        """Blocks of so many patches hold one token, of which there is a posterior at full noise: the first one that
-        is predicted is already the right one to draw from."""
-        return block_size * self.slots == 1 and isinstance(self.head, CandidateTokens)
 
     def _inputs(self, noisy, level, slot_mask, self_condition):
         """Features of the patches [B, N, F] (padding slots zeroed), and the head's evidence (None for `linear`)."""

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from ds_tokimg.codec import TokenCodec
-from ds_tokimg.tree import Halves, halve
+from ds_tokimg.tree import Halves, halves_of_code
 
 # The most frequent tokens count as neighbours; rarer ones say little and cost memory.
 _NEIGHBOURS = 2000
@@ -41,7 +40,7 @@ def semantic_palette(pieces: Iterable[np.ndarray], vocab_size: int, radix: int, 
     if len(stream) > 1:
         vectors = _embed(_mutual_information(stream, counts), _DIMENSIONS)
     palette = np.empty(vocab_size, dtype=np.int64)
-    halves = halve(TokenCodec(vocab_size, token_size, radix).digit_table.numpy())
+    halves = halves_of_code(vocab_size, radix, 3 * token_size**2)
     for tokens, codes in _split(vectors.numpy(), halves):
         palette[tokens] = codes
     return palette

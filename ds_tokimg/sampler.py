@@ -25,6 +25,7 @@ from torch import Tensor
 from ds_tokimg.batch import PatchLayout
 from ds_tokimg.bound import noise_levels
 from ds_tokimg.diffusion import START, alpha_sigma, timestep_of_log_snr
+from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.loss import probabilities
 from ds_tokimg.model import JiT, Prediction
 from ds_tokimg.rng import Stream, generator
@@ -213,7 +214,7 @@ class _Walk:
         if steps is None:
             block = self.options.block_size * self.layout.slots
             steps = min(MAX_STEPS, STEPS_PER_TOKEN * block) if block else MAX_STEPS
-            if self.options.sampler == "ancestral" and self.model.draws_in_one_step(self.options.block_size):
+            if self.options.sampler == "ancestral" and draws_in_one_step(self.model.head, self.options.block_size):
                 steps = 1
         return max(1, steps // 2) if self.options.sampler == "heun" else steps
 

@@ -167,7 +167,7 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
         _load_initial(model, start, config.init_from)
     if config.compile:
         _compile(model, device)
-    return TrainingLoss(model, config.objective, config.timesteps)
+    return TrainingLoss(model, config.objective, config.timesteps, config.block_size)
 
 
 def _compile(model: JiT, device: torch.device) -> None:

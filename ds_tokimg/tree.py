@@ -11,6 +11,7 @@ halves, so that each choice is between tokens of different use, which is what ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch.nn.functional as F
@@ -38,10 +39,23 @@ class Halves:
     most: np.ndarray
     way: np.ndarray
 
+    def log_odds(self) -> np.ndarray:
+        """Of the upper half at every node, if all colours are as likely: float64 [V - 1]."""
+        node = np.arange(len(self.side))
+        return np.log((self.last - node) / (node + 1 - self.first))
+
+
+@lru_cache(maxsize=4)
+def halves_of_code(vocab_size: int, radix: int, digits: int) -> Halves:
+    """The tree of the first `vocab_size` colours of a code: what `TokenCodec` writes, whatever its palette."""
+    # A power above V marks digits that are 0 in all of them.
+    powers = np.array([min(radix**k, 1 << 40) for k in range(digits)])
+    return halve(np.arange(vocab_size)[:, None] // powers % radix)
+
 
 def halve(digits: np.ndarray) -> Halves:
-    """The tree of colours with these digits [V, D], all different: a part is halved across the side on which its digits
-    differ most (the first of these)."""
+    """The tree of colours with these digits, integers [V, D], all different: a part is halved across the side on which
+    its digits differ most (the first of these)."""
     digits = digits[:, (digits != digits[:1]).any(0)].astype(np.int16) if len(digits) > 1 else digits
     order, starts = np.arange(len(digits)), np.zeros(1, np.int64)  # places of the parts' first colours
     names = ("first", "last", "side", "least", "below", "above", "most")

@@ -46,6 +46,7 @@ def seen_by_torch(module, batch) -> int:
         {"posterior": "digits", "block_size": 2, "noisy_depth": 1},
         {"posterior": "digits", "block_size": 2, "noisy_depth": 1, "conditions": True},
         {"posterior": "digits", "conditions": True, "block_size": 1},
+        {"posterior": "tree", "block_size": 2, "noisy_depth": 1},
         {"head": "linear", "objective": "mse"},
     ],
 )

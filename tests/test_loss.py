@@ -17,6 +17,8 @@ CODEC = TokenCodec(50)
 KINDS = [
     ("ce", {"posterior": "tokens"}),
     ("ce", {"posterior": "digits"}),
+    ("ce", {"posterior": "tree"}),
+    ("elbo", {"posterior": "tree"}),
     ("elbo", {"posterior": "tokens"}),
     ("mse", {"posterior": "digits"}),
     ("mse", {"head": "linear"}),
@@ -253,6 +255,38 @@ def test_progress_from_left_to_right():
     result = module(batch)
     assert result["bound_tokens"] == sum(LENGTHS[i] for i in whole)
     assert float(result["bound_nats"]) == pytest.approx(float(elbo[whole].sum().detach()), rel=1e-5)
+
+
+def one_token_a_patch(posterior: str, timesteps: str = "noisy"):
+    """A module that writes one token at a time, and a batch."""
+    codec = TokenCodec(50, token_size=2)
+    model = tiny_model(codec, posterior=posterior, patch_size=2, noisy_depth=1)
+    module = TrainingLoss(model, timesteps=timesteps, block_size=1)
+    maker = BatchMaker(layout_of(model), module.timesteps, seed=0, block_size=1)
+    return module, maker(random_texts(50, [64, 20, 3]), np.arange(3), np.arange(3), epoch=0)
+
+
+@pytest.mark.parametrize("posterior", ["tokens", "tree"])
+def test_progress_of_tokens_alone_is_that_of_drawing_them_at_full_noise(posterior):
+    module, batch = one_token_a_patch(posterior)
+    module.measure_bound = True
+    result = module(batch)
+    noisiest = (batch["t"] > module.model.noisiest - 1e-2) & batch["mask"][..., 0]
+    assert 0.6 < noisiest.sum() / batch["mask"].sum() < 0.9
+    nats = module(batch, per_patch=True)["nats"]
+    assert result["bound_tokens"] == noisiest.sum()
+    assert float(result["bound_nats"]) == pytest.approx(float(nats[noisiest].sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("posterior", ["tokens", "tree", "digits"])
+def test_sums_without_the_mean(posterior):
+    """The same, but for what the mean is needed for."""
+    module, batch = one_token_a_patch(posterior)
+    with torch.no_grad():
+        rows, fewer = module(batch, per_patch=True), module(batch, per_patch=True, with_mean=False)
+    assert set(rows) - set(fewer) == {"squared_error"}
+    for name in ("loss", "nats", "invalid"):
+        torch.testing.assert_close(fewer[name], rows[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])

@@ -14,7 +14,7 @@ from ds_tokimg.model import JiT, JiTConfig, config_of_name, model_names
 from tests.tiny import tiny_model
 
 CODEC = TokenCodec(50)  # radix 4
-HEADS = [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}]
+HEADS = [{"posterior": "tokens"}, {"posterior": "digits"}, {"posterior": "tree"}, {"head": "linear"}]
 
 
 def images_of(lengths, codec=CODEC, layout="patch", seed=0):
@@ -438,7 +438,7 @@ def test_a_patch_is_valid_if_any_of_its_pixels_is():
     assert torch.equal(model.slot_mask(mask, torch.zeros(1, 3, 16, 16)), expected)
 
 
-@pytest.mark.parametrize("posterior", ["tokens", "digits"])
+@pytest.mark.parametrize("posterior", ["tokens", "digits", "tree"])
 def test_reading_takes_the_most_likely_token(posterior):
     codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
     model = tiny_model(codec, trained=False, posterior=posterior)
@@ -482,8 +482,9 @@ def test_named_sizes(size, depth, width, heads, millions):
     assert all(name in model_names() for name in ("JiT-XS/2", "JiT-B/4", "JiT-H/8"))
 
 
-def test_real_vocabulary_gets_digits_and_a_small_one_tokens():
+def test_the_posterior_follows_the_vocabulary_and_the_tokens_of_a_patch():
     with torch.device("meta"):
+        assert type(JiT.from_name("JiT-B/2", TokenCodec(151_669, token_size=2)).head).__name__ == "TreeHead"
         assert type(JiT.from_name("JiT-B/4", TokenCodec(151_669)).head).__name__ == "DigitHead"
         assert type(JiT.from_name("JiT-B/4", TokenCodec(4096)).head).__name__ == "TokenHead"
 
@@ -522,7 +523,7 @@ def test_unknown_names_list_the_known(name):
     ("option", "message"),
     [
         ({"head": "softmax"}, "unknown head 'softmax'; available: posterior, linear"),
-        ({"posterior": "words"}, "unknown posterior 'words'; available: auto, tokens, digits"),
+        ({"posterior": "words"}, "unknown posterior 'words'; available: auto, tokens, digits, tree"),
         ({"positions": "none"}, "unknown positions 'none'; available: reading, grid"),
         ({"layout": "spiral"}, "unknown layout 'spiral'; available: patch, raster"),
         ({"img_size": 30}, "img_size 30 is not a multiple"),

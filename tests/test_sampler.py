@@ -10,6 +10,7 @@ from ds_tokimg.codec import TokenCodec
 from ds_tokimg.sampler import SAMPLERS, START, SamplingOptions, _Walk, sample, timestep_grid
 from tests.tiny import ExactModel, correlated_texts, tiny_model
 
+HEADS = [{"posterior": "tokens"}, {"posterior": "digits"}, {"posterior": "tree"}, {"head": "linear"}]
 CODEC = TokenCodec(50)
 
 
@@ -181,7 +182,13 @@ def test_evaluations_unless_told(block_size, steps):
 
 @pytest.mark.parametrize(
     ("sampler", "posterior", "steps"),
-    [("ancestral", "tokens", 1), ("ancestral", "digits", 4), ("euler", "tokens", 4), ("heun", "tokens", 3)],
+    [
+        ("ancestral", "tokens", 1),
+        ("ancestral", "tree", 1),
+        ("ancestral", "digits", 4),
+        ("euler", "tokens", 4),
+        ("heun", "tokens", 3),
+    ],
 )
 def test_a_token_alone_is_drawn_in_one_step_where_that_is_exact(sampler, posterior, steps):
     """Not from a posterior over digits, and not by the most likely one."""
@@ -210,7 +217,9 @@ def test_states_follow_the_noising_path(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
+@pytest.mark.parametrize(
+    "head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"posterior": "tree"}, {"head": "linear"}]
+)
 @pytest.mark.parametrize("block_size", [0, 2])
 def test_a_text_does_not_depend_on_its_batch(sampler, head, block_size):
     """Lengths, prompts and given tokens of the neighbours make no difference."""
@@ -255,7 +264,9 @@ def test_the_global_generator_is_left_alone():
 
 @pytest.mark.parametrize("layout", ["patch", "raster"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
+@pytest.mark.parametrize(
+    "head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"posterior": "tree"}, {"head": "linear"}]
+)
 @pytest.mark.parametrize("block_size", [0, 3])
 def test_given_tokens_stay(head, sampler, layout, block_size):
     codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
@@ -269,7 +280,7 @@ def test_given_tokens_stay(head, sampler, layout, block_size):
     assert rows[2] == [49 - i for i in range(33)]
 
 
-@pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
+@pytest.mark.parametrize("head", HEADS)
 def test_given_tokens_are_shown_at_the_level_they_have(head):
     """Patches that are known as a whole without noise, others on their own noising path."""
     model, shown = tiny_model(CODEC, self_conditioning=True, **head), []

@@ -253,10 +253,22 @@ def test_blocks_from_left_to_right(corpus, tmp_path, condition, capsys):
     assert texts[0] == texts[2] != texts[1]
 
 
-def test_real_vocabulary(shared_tokenizers, corpus, tmp_path):
-    flags = small_flags(corpus, tmp_path / "run", "--tokenizer_path", shared_tokenizers / "qwen3", "--max_steps", 2)
-    printed = train_in_ranks(1, [*flags, "--num_samples", "1"])
-    assert "vocab_size=151669" in printed and "radix=54" in printed
+@pytest.mark.parametrize(
+    ("path", "radix"),
+    [([], 54), (["--model", "JiT-XS/2", "--token_size", 2, "--block_size", 1, "--noisy_depth", 1], 3)],
+)
+def test_real_vocabulary(path, radix, shared_tokenizers, corpus, tmp_path):
+    """Digits where tokens share a patch, walks down the tree of colours where each has one; also cut up by ZeRO-3."""
+    flags = [*path, "--tokenizer_path", shared_tokenizers / "qwen3", "--max_steps", 2]
+    flags = small_flags(corpus, tmp_path / "run", *flags, *with_json(tmp_path, zero_optimization={"stage": 3}))
+    printed = train_in_ranks(2, [*flags, "--num_samples", "1"])
+    assert "vocab_size=151669" in printed and f"radix={radix}" in printed
+    report = tmp_path / "report.json"
+    checkpoint = ["--checkpoint", str(tmp_path / "run"), "--data_path", str(corpus)]
+    assert main(["evaluate", *checkpoint, "--json", str(report)]) == 0
+    figure = json.loads(report.read_text())["bits_per_token"]
+    assert figure == pytest.approx(metrics(tmp_path / "run")[-1]["val_bits_per_token"], rel=1e-5)
+    assert 10 < figure < 18  # log2(151669) is 17.2
 
 
 def test_linear_head_with_the_reference_colours(corpus, tmp_path):

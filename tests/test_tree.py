@@ -9,7 +9,7 @@ from ds_tokimg.codec import TokenCodec
 from ds_tokimg.diffusion import alpha_sigma
 from ds_tokimg.heads import TreeHead
 from ds_tokimg.palette import semantic_palette
-from ds_tokimg.tree import halve
+from ds_tokimg.tree import halve, halves_of_code
 
 CODES = [TokenCodec(300), TokenCodec(1024, token_size=2), TokenCodec(3000, token_size=2), TokenCodec(70, radix=256)]
 
@@ -43,6 +43,12 @@ def test_the_way_to_a_colour(codec):
             assert (tree.first[node], tree.last[node]) == (first, last)
             first, last = (node + 1, last) if place[colour] > node else (first, node)
         assert first == last == place[colour]
+
+
+@pytest.mark.parametrize("codec", CODES, ids=repr)
+def test_the_tree_of_a_code_needs_no_codec(codec):
+    tree = halves_of_code(codec.vocab_size, codec.radix, codec.digits_per_token)
+    assert np.array_equal(tree.way, tree_of(codec).way) and np.array_equal(tree.order, tree_of(codec).order)
 
 
 def test_a_full_cube_is_halved_evenly():
@@ -122,9 +128,9 @@ def test_at_a_node_speaks_the_matched_filter():
 def test_walking_finds_what_is_likely():
     """The likelier half at every node; without much noise that is the likeliest token."""
     codec = TokenCodec(3000, token_size=2)
-    head, output, evidence, ids = head_and_noisy(codec, 100.0)
+    head, output, evidence, _ = head_and_noisy(codec, 100.0)
     assert torch.equal(head.walk(output, evidence), head.logits(output, evidence).argmax(-1))
-    head, output, evidence, ids = head_and_noisy(codec, 999.0)
+    head, output, evidence, _ = head_and_noisy(codec, 999.0)
     chosen, expected = head.walk(output, evidence), []
     probabilities = head.logits(output, evidence).exp().flatten(0, 2).detach().numpy()
     tree = tree_of(codec)
