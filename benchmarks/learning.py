@@ -106,9 +106,11 @@ class Ours:
             self.module.schedule.update(result)
         computed = batch["ids"].shape[0] * batch["ids"].shape[1]
         if "blocks" in batch:
-            # The clean ones go through all blocks, the noisy ones through those from `entry` on.
+            # The clean ones go through all blocks, but for all of the last one behind their keys and values; the noisy
+            # ones through those from `entry` on.
             blocks = self.module.model.blocks
-            computed *= 1 + len(blocks[self.module.model.entry :]) / len(blocks)
+            asked = _parameters(blocks[-1].attention.qkv) / _parameters(blocks[-1])
+            computed *= (len(blocks) - 1 + asked + len(blocks[self.module.model.entry :])) / len(blocks)
         if "self_condition" in batch:
             computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed
@@ -226,6 +228,10 @@ def prepare(arguments):
     return Ours(parts, config, extra)
 
 
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def _value(text: str):
     try:
         return json.loads(text)
@@ -319,8 +325,7 @@ def main() -> None:
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
     row |= train(system, arguments)
     system.module.eval()
-    parameters = sum(p.numel() for p in system.module.model.blocks.parameters())
-    row |= {"parameters": parameters, "threads": torch.get_num_threads()}
+    row |= {"parameters": _parameters(system.module.model.blocks), "threads": torch.get_num_threads()}
     paths = arguments.paths or getattr(system, "block_sizes", [0])
     row["bits"] = {}
     for path in paths:

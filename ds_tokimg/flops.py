@@ -55,10 +55,12 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     if entry:
         flops += linear(model.read_embed, samples * patches)
     for index, block in enumerate(model.blocks):
-        layers = (block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down)
         inside = clean if index < entry else length
-        flops += sum(linear(layer, samples * inside) for layer in layers)
-        flops += 4 * samples * inside**2 * model.config.width * hidden
+        asking = patches if block is model.blocks[-1] else inside
+        layers = (block.attention.out, block.mlp.gate_up, block.mlp.down)
+        flops += linear(block.attention.qkv, samples * inside)
+        flops += sum(linear(layer, samples * asking) for layer in layers)
+        flops += 4 * samples * asking * inside * model.config.width * hidden
     flops += linear(model.final.modulation, levels)
     if not learned_input:
         return flops + linear(model.head.output, samples * patches)

@@ -42,10 +42,25 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.offset = nn.Parameter(torch.zeros(6 * width))  # [6C]
 
-    def forward(self, x: Tensor, time: Tensor, rotation, keys: Tensor | None, past: list | None = None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.offset).chunk(6, -1)  # [B, N or 1, C]
-        x = x + gate1 * self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, keys, past)
-        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        rotation,
+        keys: Tensor | None,
+        past: list | None = None,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """x [B, N, C]; time [B, N or 1, 6C]; see `Attention`. `wanted`: the result is of the last so many positions."""
+        modulation = time + self.offset
+        shift, scale = modulation[..., : 2 * x.shape[-1]].chunk(2, -1)  # [B, N or 1, C]
+        mixed = self.attention(torch.addcmul(shift, self.norm1(x), 1 + scale), rotation, keys, past, wanted)
+        if wanted is not None:
+            x = x[:, -wanted:]
+            modulation = modulation[:, -wanted:]
+        gate1, shift, scale, gate2 = modulation[..., 2 * x.shape[-1] :].chunk(4, -1)
+        x = x + gate1 * mixed
+        return x + gate2 * self.mlp(torch.addcmul(shift, self.norm2(x), 1 + scale))
 
 
 class Attention(nn.Module):
@@ -56,11 +71,18 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotation, keys: Tensor | None, past: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation, keys: Tensor | None, past: list[Tensor] | None = None, wanted: int | None = None
+    ) -> Tensor:
         """x [B, N, C]; keys bool, broadcasting to [B, heads, N, M + N]; past: keys and values of M earlier positions,
-        each [B, heads, M, d], which these N come after; the list is brought up to date."""
+        each [B, heads, M, d], which these N come after; the list is brought up to date. `wanted`: the last so many
+        positions ask, all are asked; the result is [B, wanted, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        asking = rotation
+        if wanted is not None:
+            q, asking = q[:, :, -wanted:], [part[..., -wanted:, :] for part in rotation]
+            keys = keys if keys is None else keys[..., -wanted:, :]
+        q, k = rotate(self.q_norm(q), *asking), rotate(self.k_norm(k), *rotation)
         if past is not None:
             past[:] = k, v = [torch.cat(parts, 2) for parts in zip(past, (k, v), strict=True)] if past else (k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)

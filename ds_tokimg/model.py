@@ -292,8 +292,9 @@ class JiT(nn.Module):
             before = torch.where(starts[:, None], self._shown_to_noisy(read, segments), noisy_ones.before)
             noisy_ones, parts = noisy_ones._replace(before=before), [read]
         x = torch.cat([*parts, self._embed(noisy_ones)], 1)
-        x = self._transform(x, [*segments, noisy_ones], slice(entry, None), blocks, memory and memory.for_one_pass())
-        hidden = self.final(x[:, -count:], noisy_ones.time)
+        memory = memory and memory.for_one_pass()
+        x = self._transform(x, [*segments, noisy_ones], slice(entry, None), blocks, memory, wanted=count)
+        hidden = self.final(x, noisy_ones.time)
         return Prediction(self.head, self.head(hidden), evidence)
 
     def remember(self, memory: Memory | None, patches: Tensor, slot_mask: Tensor, positions: Tensor | None) -> Memory:
@@ -388,10 +389,13 @@ class JiT(nn.Module):
             first = last_valid(read[:, :-count], segments[0].valid)
         return self.read_embed(self.read_norm(torch.cat([first, read[:, -count:-1]], 1)))
 
-    def _transform(self, x: Tensor, segments: list[Segment], layers: slice, blocks=None, memory=None) -> Tensor:
+    def _transform(
+        self, x: Tensor, segments: list[Segment], layers: slice, blocks=None, memory=None, wanted: int | None = None
+    ) -> Tensor:
         """The segments' patches x [B, L, C] through some of the transformer's blocks.
 
-        blocks: see `predict`. memory: earlier patches, which gets the keys and values of these.
+        blocks: see `predict`. memory: earlier patches, which gets the keys and values of these. wanted: the last so
+        many patches are all that is asked for: of the others the last block computes only keys and values.
         """
         passed = list(self.blocks)[layers]
         if not passed:
@@ -409,10 +413,11 @@ class JiT(nn.Module):
         keys = (keys | ~keys.any(-1, keepdim=True))[:, None]
         pasts = [None] * len(self.blocks) if memory is None else memory.past
         for block, past in zip(passed, pasts[layers], strict=True):
+            only = wanted if block is passed[-1] and wanted != x.shape[1] else None
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, rotation, keys, use_reentrant=False)
+                x = checkpoint(block, x, time, rotation, keys, None, only, use_reentrant=False)
             else:
-                x = block(x, time, rotation, keys, past)
+                x = block(x, time, rotation, keys, past, only)
         return x
 
     def _embed(self, segment: Segment) -> Tensor:

@@ -358,6 +358,15 @@ def test_attention_is_the_formula():
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("per_position", [False, True])
+def test_a_block_asked_for_its_last_positions_gives_just_these(per_position):
+    block = tiny_model(CODEC).blocks[0].double()
+    x, time = torch.randn(2, 5, 32).double(), torch.randn(2, 5 if per_position else 1, 192).double()
+    keys = torch.ones(2, 1, 5 if per_position else 1, 5, dtype=torch.bool).tril()
+    rotation = tuple(torch.randn(2, 1, 5, 8).double() for _ in range(2))
+    torch.testing.assert_close(block(x, time, rotation, keys, wanted=2), block(x, time, rotation, keys)[:, -2:])
+
+
 def test_gradients_of_a_block():
     block = tiny_model(CODEC).blocks[0].double()
     generator = torch.Generator().manual_seed(0)
