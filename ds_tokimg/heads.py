@@ -94,7 +94,8 @@ class DigitHead(nn.Module):
 
 
 class CandidateTokens(nn.Module):
-    """What posteriors over whole tokens share. Logits are [B, N, K, V], up to a constant a token."""
+    """What posteriors over whole tokens share. Logits are [B, N, K, V], up to a constant a token; `to_tokens` takes the
+    hidden state [B, N, C] to the tokens of a patch [B, N, K * token_width]."""
 
     def __init__(self, codec: TokenCodec, slots: int):
         super().__init__()
@@ -122,6 +123,10 @@ class CandidateTokens(nn.Module):
         """noisy [B, N, P], alpha and sigma broadcasting to [B, N, 1] -> [B, N, K, V], up to a constant."""
         with full_precision(noisy):
             return self.evidence(noisy, alpha, sigma) @ self.book().T
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the context says of the tokens: [B, N, C] -> [B, N, K, token_width]."""
+        return self.to_tokens(hidden).unflatten(-1, (self.slots, -1))
 
     def clean(self, logits: Tensor) -> Tensor:
         """The posterior mean, [B, N, P] in [-1, 1]."""
@@ -162,10 +167,6 @@ class TokenHead(CandidateTokens):
     def embed(self, probabilities: Tensor) -> Tensor:
         """[B, N, K, V] -> features [B, N, K, token_width]."""
         return self.token_input(probabilities)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What the context says of the tokens: [B, N, C] -> [B, N, K, token_width]."""
-        return self.to_tokens(hidden).unflatten(-1, (self.slots, -1))
 
     def logits(self, output: Tensor, evidence: Tensor) -> Tensor:
         """Of the posterior given the context: [B, N, K, V], float32."""
@@ -245,10 +246,6 @@ class TreeHead(CandidateTokens):
     def _features(self, digits: Tensor, ids: Tensor, certain: Tensor) -> Tensor:
         token = self.token_input(ids)
         return torch.cat([digits.to(token.dtype), token * certain[..., None].to(token.dtype)], -1)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What the context says of the tokens: [B, N, C] -> [B, N, K, token_width]."""
-        return self.to_tokens(hidden).unflatten(-1, (self.slots, -1))
 
     def logits(self, output: Tensor, evidence: Tensor) -> Tensor:
         """Of the posterior given the context: log-probabilities [B, N, K, V], float32. Costs as much as weighing every
