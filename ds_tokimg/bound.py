@@ -34,6 +34,7 @@ from ds_tokimg.diffusion import (
     information_rate,
     timestep_of_log_snr,
 )
+from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.rng import Stream, generator, low_discrepancy
 
 # Noise levels a text is evaluated at, in training and by `evaluate`.
@@ -174,7 +175,9 @@ def estimate_bound(
                 _add(sums, by_level, indices, batch, result, log_snr, density * num_levels, timesteps)
         if one_step:
             log_snr = torch.full((len(indices), 1), LOG_SNR_START, dtype=torch.float64)
-            nats = _measure(forward, batches.make(indices, log_snr, num_levels, block_size), device)["nats"]
+            batch = batches.make(indices, log_snr, num_levels, block_size)
+            batch.pop("self_condition", None)  # nothing has been predicted before a first step
+            nats = _measure(forward, batch, device)["nats"]
             sums[torch.from_numpy(indices), 0] = nats.sum(1)[: len(indices)]
     sums, by_level = all_reduce(sums), all_reduce(by_level)
     return _summary(sums, by_level, batches, layout, dataset, num_levels)
@@ -312,17 +315,18 @@ def bits_per_token(
         texts: lists of token ids (each at most the image's capacity).
         prompts: a list of token ids per text that the model is conditioned on, or None.
         num_levels: noise levels a text is evaluated at; more give a smaller error.
-        block_size: the path of the bound, of many small steps, see `estimate_bound`.
+        block_size: the path of the bound, see `estimate_bound`; in one step where `generate` takes one.
     """
     from ds_tokimg.loss import TrainingLoss
 
     config = model.config
     layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
-    module = TrainingLoss(model, "mse")
+    one_step = draws_in_one_step(model.head, block_size)
+    module = TrainingLoss(model, "ce" if model.head.features else "mse")
     was_training = model.training
     model.eval()
     bound = estimate_bound(
-        lambda batch: module(batch, per_patch=True),
+        lambda batch: module(batch, per_patch=True, with_mean=not one_step),
         _Texts(texts, prompts),
         layout,
         timesteps=module.timesteps,
@@ -330,6 +334,7 @@ def bits_per_token(
         seed=seed,
         conditional=prompts is not None,
         block_size=block_size,
+        one_step=one_step,
         self_conditioning=config.self_conditioning,
         device=next(model.parameters()).device,
     )

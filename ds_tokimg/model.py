@@ -127,10 +127,11 @@ class JiT(nn.Module):
         self.before_embed = nn.Linear(config.width, config.width, bias=False)
         self.segment_embed = nn.Embedding(2, config.width)  # by kind
         self.time_embed = TimestepEmbedding(config.width)
-        # Beyond it nothing can be read, and most ways to draw noise levels never go there: sampling, which begins
-        # there, must not depend on what the network makes of levels that it has not seen.
-        with torch.device("cpu"):  # a number also where the model is built without data (meta)
-            self.noisiest = float(timestep_of_log_snr(torch.tensor(readable_band(codec.radix).low)))
+        # Beyond them nothing can be read, or everything, and most ways to draw noise levels never go there: sampling
+        # and the bound, which do, must not depend on what the network makes of levels that it has not seen.
+        with torch.device("cpu"):  # numbers also where the model is built without data (meta)
+            band = readable_band(codec.radix)
+            self.cleanest, self.noisiest = timestep_of_log_snr(torch.tensor([band.high, band.low])).tolist()
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         # From left to right, noisy patches go through the blocks from this one on.
         self.entry = config.depth - config.noisy_depth if config.noisy_depth else 0
@@ -359,7 +360,7 @@ class JiT(nn.Module):
         shown = self.before_embed(own)
         first = torch.zeros_like(shown[:, :1]) if first is None else first
         before = torch.cat([first, shown[:, :-1]], 1)
-        time = self.time_embed(level.clamp(max=self.noisiest))
+        time = self.time_embed(level if kind == CLEAN else level.clamp(self.cleanest, self.noisiest))
         return Segment(kind, own, shown, before, time, valid, positions)
 
     def _prompt_segment(self, patches: Tensor, slot_mask: Tensor) -> Segment:

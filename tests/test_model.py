@@ -568,11 +568,16 @@ def test_noisy_patches_that_enter_late_know_what_was_read_up_to_there():
         tiny_model(CODEC, noisy_depth=3)
 
 
-def test_the_network_is_told_no_noisier_level_than_training_has():
-    """Sampling begins beyond: there the network must not be asked what it has never seen."""
+def test_the_network_is_told_no_noise_level_that_training_has_not():
+    """Sampling begins beyond, the bound goes beyond: there the network must not be asked what it has never seen."""
     model = tiny_model(CODEC)
     told = []
     model.time_embed.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0]))
-    levels = torch.tensor([TimestepSampler("noisy", CODEC.radix)(torch.tensor(0.0)), 999.0, 300.0])
-    model.predict(torch.zeros(3, 16, model.slots * CODEC.digits_per_token), levels, torch.ones(3, 16, model.slots) > 0)
-    torch.testing.assert_close(told[0][:, 0], torch.stack([levels[0], levels[0], levels[2]]))
+    noisiest, cleanest = TimestepSampler("band", CODEC.radix)(torch.tensor([0.0, 1.0]))
+    levels = torch.tensor([noisiest, 999.0, 300.0, cleanest, 0.0])
+    patches, mask = torch.zeros(5, 16, model.slots * CODEC.digits_per_token), torch.ones(5, 16, model.slots) > 0
+    model.predict(patches, levels, mask)
+    expected = torch.tensor([noisiest, noisiest, 300.0, cleanest, cleanest])
+    torch.testing.assert_close(told[0][:, 0], expected, rtol=1e-3, atol=0)
+    model.predict(patches, levels, mask, condition=(patches, mask))
+    assert not told[2].any() or not told[1].any()  # what is shown without noise is told so
