@@ -113,8 +113,9 @@ def test_learning_trains_measures_and_writes_texts(system, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["learning.py", *flags, "--write", str(tmp_path / "texts")])
     learning.main()
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    path = "1" if system == "ours" else "0"
-    assert 5 < row["bits"][path]["bits_per_token"] < 11 and row["positions"] == pytest.approx(4000, rel=0.3)
+    assert set(row["bits"]) == ({"1", "1, one step"} if system == "ours" else {"0"})
+    assert all(5 < figures["bits_per_token"] < 11 for figures in row["bits"].values())
+    assert row["positions"] == pytest.approx(4000, rel=0.3)
     written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "texts").iterdir()}
     assert written.keys() == {"train", "real", system}
     assert len(written[system]) == 2 and all(len(text) > 100 for text in written[system])
