@@ -56,7 +56,8 @@ def halves_of_code(vocab_size: int, radix: int, digits: int) -> Halves:
 def halve(digits: np.ndarray) -> Halves:
     """The tree of colours with these digits, integers [V, D], all different: a part is halved across the side on which
     its digits differ most (the first of these)."""
-    digits = digits[:, (digits != digits[:1]).any(0)].astype(np.int16) if len(digits) > 1 else digits
+    varying = np.flatnonzero((digits != digits[:1]).any(0))
+    digits = digits[:, varying].astype(np.int16)
     order, starts = np.arange(len(digits)), np.zeros(1, np.int64)  # places of the parts' first colours
     names = ("first", "last", "side", "least", "below", "above", "most")
     nodes = {name: np.zeros(len(order) - 1, np.int64) for name in names}
@@ -75,7 +76,7 @@ def halve(digits: np.ndarray) -> Halves:
         order = order[np.argsort(2 * part + upper, kind="stable")]
         halved = sizes > 1
         middle = (starts + sizes - np.add.reduceat(upper, starts))[halved]  # where the upper halves begin
-        found = (starts, starts + sizes - 1, side, least, below, above, most)
+        found = (starts, starts + sizes - 1, varying[side], least, below, above, most)
         for name, value in zip(names, found, strict=True):
             nodes[name][middle - 1] = value[halved]
         node_of_part = np.full(len(starts), -1)

@@ -56,6 +56,11 @@ def test_a_full_cube_is_halved_evenly():
     assert (tree_of(TokenCodec(4096, token_size=2)).way >= 0).all()
 
 
+def test_sides_are_columns_of_the_digits_also_behind_one_that_never_varies():
+    tree = halve(np.array([[5, 0, 1], [5, 1, 0], [5, 0, 0]]))
+    assert set(tree.side.tolist()) == {1, 2}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_smallest_trees(count):
     tree = tree_of(TokenCodec(count))
