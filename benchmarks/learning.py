@@ -8,7 +8,8 @@ tokenizer makes another corpus of it (bits per byte compare, bits per token do n
 
 Every run adds a line to benchmarks/learning.jsonl; `--table` prints all lines as the table of learning.md. All systems
 share blocks, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward and
-backward) times parameters of the blocks; a forward alone, as in self-conditioning, counts for a third.
+backward) times parameters of the blocks; a forward alone, as in self-conditioning, counts for a third, and the way
+between neighbouring tokens of patches that hold several as the share of the blocks that it costs.
 """
 
 import argparse
@@ -63,6 +64,7 @@ SYSTEMS = {
     "autoregressive": {},
     "autoregressive, shift": {},
     "masked": {},
+    "masked, shift": {},
 }
 EMA_DECAY = 0.9999
 RESULTS = ROOT / "benchmarks" / "learning.jsonl"
@@ -105,12 +107,14 @@ class Ours:
         if self.module.schedule is not None:
             self.module.schedule.update(result)
         computed = batch["ids"].shape[0] * batch["ids"].shape[1]
+        blocks = self.module.model.blocks
         if "blocks" in batch:
             # The clean ones go through all blocks, but for all of the last one behind their keys and values; the noisy
             # ones through those from `entry` on.
-            blocks = self.module.model.blocks
             asked = _parameters(blocks[-1].attention.qkv) / _parameters(blocks[-1])
             computed *= (len(blocks) - 1 + asked + len(blocks[self.module.model.entry :])) / len(blocks)
+        if self.module.model.neighbours is not None:
+            computed += batch["ids"].numel() * _parameters(self.module.model.neighbours) / _parameters(blocks)
         if "self_condition" in batch:
             computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed
@@ -222,7 +226,7 @@ def prepare(arguments):
         parts = assemble(config, OnlyRank(), None)
     torch.manual_seed(arguments.seed)
     kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
-    kinds["autoregressive, shift"] = functools.partial(Autoregressive, shift=True)
+    kinds |= {f"{name}, shift": functools.partial(kind, shift=True) for name, kind in kinds.items()}
     if arguments.system in kinds:
         return Reference(parts, config, kinds[arguments.system])
     return Ours(parts, config, extra)

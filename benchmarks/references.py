@@ -16,13 +16,14 @@ from ds_tokimg.layers import Block, RMSNorm, rope_frequencies
 class TokenTransformer(nn.Module):
     """Blocks as in `JiT` (without noise levels) between a token embedding and a softmax over the vocabulary.
 
-    shift: every token also shows the one before it, as the patches of `JiT` do.
+    shift: every token also shows those so far from it, -1 the one before, as the patches of `JiT` do.
     """
 
-    def __init__(self, vocab_size: int, inputs: int, depth: int, width: int, heads: int, shift: bool = False):
+    def __init__(self, vocab_size: int, inputs: int, depth: int, width: int, heads: int, shift: tuple[int, ...] = ()):
         super().__init__()
         self.embed = nn.Embedding(inputs, width)
-        self.before_embed = nn.Linear(width, width, bias=False) if shift else None
+        self.shift = shift
+        self.shown = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in shift)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.out = RMSNorm(width), nn.Linear(width, vocab_size)
         self.half_head = width // heads // 2
@@ -30,14 +31,20 @@ class TokenTransformer(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
+    @staticmethod
+    def _inside(length: int, distance: int) -> Tensor:
+        """Whether there is a token so far from each of them: [length, 1]."""
+        place = torch.arange(length)[:, None] + distance
+        return (place >= 0) & (place < length)
+
     def forward(self, ids: Tensor, keys: Tensor | None, past: list[list[Tensor]] | None = None) -> Tensor:
         """ids [B, L], keys [B, 1, 1 or L, L] (who sees whom; None: all) -> logits [B, L, V].
 
         past: keys and values of earlier positions, one list a block, brought up to date (see `Attention`).
         """
-        x = self.embed(ids)
-        if self.before_embed is not None:
-            x = x + self.before_embed(F.pad(x[:, :-1], (0, 0, 1, 0)))
+        own = x = self.embed(ids)
+        for distance, shown in zip(self.shift, self.shown, strict=True):
+            x = x + shown(own.roll(-distance, 1) * self._inside(ids.shape[1], distance))
         first = past[0][0].shape[2] if past and past[0] else 0
         places = torch.arange(first, first + ids.shape[1])
         angles = places[:, None] * rope_frequencies(self.half_head, ids.device)
@@ -53,7 +60,7 @@ class Autoregressive(nn.Module):
 
     def __init__(self, vocab_size: int, eos_id: int, shape: tuple[int, int, int], shift: bool = False):
         super().__init__()
-        self.model, self.eos_id = TokenTransformer(vocab_size, vocab_size, *shape, shift), eos_id
+        self.model, self.eos_id = TokenTransformer(vocab_size, vocab_size, *shape, (-1,) if shift else ()), eos_id
 
     def token_nats(self, ids: Tensor, mask: Tensor) -> Tensor:
         """-log p of every token, 0 in padding: [B, L]."""
@@ -72,7 +79,7 @@ class Autoregressive(nn.Module):
     @torch.no_grad()
     def sample(self, count: int, length: int, seed: int) -> Tensor:
         """Texts of `length` ids: [count, length]. Not with `shift`: the step does not see the token before its own."""
-        assert self.model.before_embed is None
+        assert not self.model.shift
         generator, past = torch.Generator().manual_seed(seed), [[] for _ in self.model.blocks]
         ids = [torch.full((count, 1), self.eos_id)]
         for _ in range(length):
@@ -85,9 +92,10 @@ class MaskedDiffusion(nn.Module):
     """Absorbing-state diffusion with the linear schedule (Sahoo et al. 2024, Shi et al. 2024): a share t of the tokens
     is masked, and -log p <= E_t [sum over masked tokens of their cross-entropy / t]."""
 
-    def __init__(self, vocab_size: int, eos_id: int, shape: tuple[int, int, int]):
+    def __init__(self, vocab_size: int, eos_id: int, shape: tuple[int, int, int], shift: bool = False):
         super().__init__()
-        self.model, self.mask_id = TokenTransformer(vocab_size, vocab_size + 1, *shape), vocab_size
+        sides = (-1, 1) if shift else ()
+        self.model, self.mask_id = TokenTransformer(vocab_size, vocab_size + 1, *shape, sides), vocab_size
 
     def _weighted(self, ids: Tensor, mask: Tensor, t: Tensor, generator=None) -> Tensor:
         hidden = (torch.rand(ids.shape, generator=generator) < t) & mask

@@ -85,6 +85,9 @@ class TrainConfig:
     positions: str = _model("reading", "a patch's position: reading order or grid", ("reading", "grid"))
     head: str = _model("posterior", "digit posteriors, or plain linear output", ("posterior", "linear"))
     posterior: str = _model("auto", "what the posterior head is over", ("auto", "digits", "tokens", "tree"))
+    neighbours: int | None = _model(
+        None, "tokens on either side that a token hears directly (not given: 2 where several share a patch, else 0)"
+    )
     activation_checkpointing: bool = _model(False, "recompute activations: less memory, more time")
     compile: bool = _model(False, "compile the blocks: faster steps, a slow start (a CPU needs a C++ compiler)")
 
@@ -246,6 +249,8 @@ class TrainConfig:
             problems.append("--head linear has no cross-entropy for --timesteps entropic to follow: use band")
         if self.head == "linear" and self.posterior != "auto":
             problems.append(f"--head linear has no posterior: drop --posterior {self.posterior}")
+        if self.head == "linear" and self.neighbours:
+            problems.append(f"--head linear has no posteriors to hear: drop --neighbours {self.neighbours}")
         if self.noisy_depth and not self.block_size:
             problems.append(f"--noisy_depth {self.noisy_depth} is for texts from left to right: give --block_size")
         if self.resume is not None and self.init_from is not None:
@@ -264,7 +269,7 @@ _OF_THE_LAUNCH = frozenset(
 _FIXED = (
     *("data_path", "eval_data_path", "eval_fraction", "vocab_size", "packing", "use_chat_template"),
     *("enable_condition", "condition_drop", "max_tokens", "img_size", "token_size", "radix", "palette", "layout"),
-    *("model", "positions", "head", "posterior", "objective", "timesteps", "block_size", "noisy_depth"),
+    *("model", "positions", "head", "posterior", "neighbours", "objective", "timesteps", "block_size", "noisy_depth"),
     *("patch_noise", "self_conditioning"),
     *("ema_decay", "seed"),
 )
@@ -277,7 +282,7 @@ _COUNTS = (
 _RANGES = (
     (_COUNTS, lambda value: value >= 1, "a whole number of at least 1"),
     (
-        ("num_samples", "num_workers", "profile", "seed", "block_size", "noisy_depth"),
+        ("num_samples", "num_workers", "profile", "seed", "block_size", "noisy_depth", "neighbours"),
         lambda value: value >= 0,
         "0 or more",
     ),

@@ -42,6 +42,7 @@ class DigitHead(nn.Module):
         self.shape = (slots, codec.digits_per_token, codec.radix)
         self.radix = codec.radix
         self.features = math.prod(self.shape)
+        self.outputs = self.features // slots  # numbers of a token
         # Integers, because an engine in half precision casts floating-point buffers.
         self.register_buffer("digit_table", codec.digit_table, persistent=False)  # [V, D] uint8
         self.output = nn.Linear(width, self.features)
@@ -144,7 +145,7 @@ class TokenHead(CandidateTokens):
     def __init__(self, codec: TokenCodec, slots: int, width: int):
         super().__init__(codec, slots)
         token_width = min(width, MAX_TOKEN_WIDTH)
-        self.features = slots * token_width
+        self.features, self.outputs = slots * token_width, token_width
         self.token_input = TokenInput(codec.vocab_size, token_width, bias=False)
         # A product of two matrices learns slower than one: where the hidden state has the tokens' width, it is they.
         is_direct = slots * token_width == width
@@ -193,6 +194,7 @@ class TreeHead(CandidateTokens):
         token_width = min(width, MAX_TOKEN_WIDTH)
         self.codec = codec
         self.features = slots * (codec.digits_per_token * codec.radix + token_width)
+        self.outputs = token_width
         self.token_input = nn.Embedding(codec.vocab_size, token_width)
         self.to_tokens = nn.Identity() if slots * token_width == width else nn.Linear(width, slots * token_width)
         self.token_output = TreeOutput(token_width, codec.vocab_size - 1)

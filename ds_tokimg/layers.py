@@ -89,6 +89,54 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class Neighbours(nn.Module):
+    """What the tokens around a token say of it, straight from their features to its output.
+
+    Tokens that share a patch share one hidden state, through which their pairs can hardly be told; here they need not.
+
+    Args:
+        reach: how many tokens on either side are heard.
+        features, outputs: numbers of a token, in and out.
+    """
+
+    def __init__(self, reach: int, features: int, outputs: int):
+        super().__init__()
+        self.reach = reach
+        self.output = nn.Linear(2 * reach * features, outputs, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, tokens: Tensor, before: Tensor | None = None, context: tuple[Tensor, Tensor] | None = None):
+        """tokens [B, L, F] -> [B, L, outputs].
+
+        before: [B, reach, F], tokens that precede these; None: none do.
+        context: (the same tokens without noise [B, L, F], blocks [L]): a token then hears the tokens of its own block,
+            those of earlier blocks without noise, and none of later ones.
+        """
+        length = tokens.shape[1]
+        sides = [distance for distance in range(-self.reach, self.reach + 1) if distance]
+        heard = [self._at(distance, tokens, before) for distance in sides]
+        if context is not None:
+            clean, blocks = context
+            for index, distance in enumerate(sides):
+                same = (self._at(distance, blocks[None, :, None] + 1) == blocks[:, None] + 1).expand(1, length, 1)
+                other = self._at(distance, clean) if distance < 0 else 0.0
+                heard[index] = torch.where(same, heard[index], other)
+        return self.output(torch.cat(heard, -1))
+
+    def last(self, tokens: Tensor, before: Tensor | None) -> Tensor:
+        """Of tokens [B, L, F], after those `before`, what the next ones hear: [B, reach, F]."""
+        return self._after(tokens, before)[:, -self.reach :]
+
+    def _after(self, tokens: Tensor, before: Tensor | None) -> Tensor:
+        return F.pad(tokens, (0, 0, self.reach, 0)) if before is None else torch.cat([before, tokens], 1)
+
+    def _at(self, distance: int, tokens: Tensor, before: Tensor | None = None) -> Tensor:
+        """Of each of the tokens [B, L, F] the one that is so far away from it; zeros where there is none."""
+        if distance > 0:
+            return F.pad(tokens[:, distance:], (0, 0, 0, min(distance, tokens.shape[1])))
+        return self._after(tokens, before)[:, self.reach + distance : distance]
+
+
 class SwiGLU(nn.Module):
     """Shazeer, "GLU variants improve transformer" (2020)."""
 

@@ -4,14 +4,15 @@ After Li & He, "Back to Basics: Let Denoising Generative Models Denoise" (2025):
 RoPE, qk-norm, adaLN-Zero. Changes: the modulation is computed once and shared by the blocks, each of which adds a
 learned offset (adaLN-single, Chen et al., PixArt-alpha, 2023), because a noise level of its own for every patch would
 otherwise cost half as much again as the blocks themselves; the patch embedding has no bottleneck, through which the
-tokens of a patch can hardly be told apart; every patch shows the one before it; and from left to right noisy patches
-may enter late (`noisy_depth`), with what the transformer has already made of the clean ones before them.
+tokens of a patch can hardly be told apart; every patch shows the one before it; tokens that share a patch also hear
+those next to them without going through its hidden state (`neighbours`); and from left to right noisy patches may enter
+late (`noisy_depth`), with what the transformer has already made of the clean ones before them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.heads import DigitHead, LinearHead, TokenHead, TreeHead, cross_entropy
-from ds_tokimg.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
+from ds_tokimg.layers import Block, FinalLayer, Neighbours, RMSNorm, TimestepEmbedding, rope_frequencies
 from ds_tokimg.segments import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 
 #                 depth, width, heads
@@ -37,6 +38,8 @@ PATCH_SIZES = (2, 4, 8)
 HEADS = ("posterior", "linear")
 POSTERIORS = {"tokens": TokenHead, "digits": DigitHead, "tree": TreeHead}
 POSITIONS = ("reading", "grid")
+# How many tokens on either side a token hears directly where several share a patch.
+NEIGHBOURS = 2
 # Up to this vocabulary weighing all tokens costs less than the transformer of the smallest model.
 TOKEN_POSTERIOR_LIMIT = 4096
 
@@ -56,6 +59,7 @@ class JiTConfig:
     positions: str = "reading"
     self_conditioning: bool = False
     noisy_depth: int = 0
+    neighbours: int | None = None
     activation_checkpointing: bool = False
 
 
@@ -115,11 +119,16 @@ class JiT(nn.Module):
             raise ValueError(f"unknown positions {config.positions!r}; available: {', '.join(POSITIONS)}")
         if not 0 <= config.noisy_depth <= config.depth:
             raise ValueError(f"noisy_depth is {config.noisy_depth}; the model has {config.depth} blocks (0: all)")
-        self.codec, self.config = codec, config
+        self.codec = codec
         self.slots = (config.patch_size // codec.token_size) ** 2  # K, tokens a patch
         self.num_patches = (config.img_size // config.patch_size) ** 2
         pixels = self.slots * codec.digits_per_token  # P
         self.head = build_head(codec, config, self.slots)
+        if config.neighbours is None:
+            config = replace(config, neighbours=NEIGHBOURS if self.slots > 1 and self.head.features else 0)
+        elif config.neighbours and not self.head.features:
+            raise ValueError("neighbours are heard through posteriors; the linear head has none")
+        self.config = config
         inputs = pixels + self.head.features
         if config.self_conditioning:
             inputs += self.head.features or pixels
@@ -139,6 +148,9 @@ class JiT(nn.Module):
             self.read_norm = RMSNorm(config.width)
             self.read_embed = nn.Linear(config.width, config.width, bias=False)
         self.final = FinalLayer(config.width)
+        self.neighbours = None
+        if self.config.neighbours:
+            self.neighbours = Neighbours(self.config.neighbours, self.head.features // self.slots, self.head.outputs)
         nn.init.zeros_(self.segment_embed.weight)
 
     # ---- construction and files ----
@@ -275,11 +287,12 @@ class JiT(nn.Module):
         """
         batch, count, _ = noisy.shape
         level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
-        inputs, evidence = self._inputs(noisy, level, slot_mask, self_condition)
+        inputs, evidence, tokens = self._inputs(noisy, level, slot_mask, self_condition)
         valid = slot_mask.any(-1)
         if positions is None:
             positions = torch.arange(count, device=noisy.device).expand(batch, count)
-        noisy_ones = self._segment(NOISY, inputs, level, valid, positions, memory and memory.shown_to_noisy)
+        shown = memory and memory.shown_to_noisy
+        noisy_ones = self._segment(NOISY, inputs, tokens, level, valid, positions, shown)
         segments = [] if condition is None else [self._prompt_segment(*condition)]
         blocks, entry = None, 0 if memory is None else self.entry
         if context is not None:
@@ -295,8 +308,12 @@ class JiT(nn.Module):
         x = torch.cat([*parts, self._embed(noisy_ones)], 1)
         memory = memory and memory.for_one_pass()
         x = self._transform(x, [*segments, noisy_ones], slice(entry, None), blocks, memory, wanted=count)
-        hidden = self.final(x, noisy_ones.time)
-        return Prediction(self.head, self.head(hidden), evidence)
+        output = self.head(self.final(x, noisy_ones.time))
+        if self.neighbours is not None:
+            clean = context and (segments[-1].tokens, blocks.repeat_interleave(self.slots))
+            near = self.neighbours(tokens, memory and memory.tokens, clean)
+            output = output + near.view(output.shape)
+        return Prediction(self.head, output, evidence)
 
     def remember(self, memory: Memory | None, patches: Tensor, slot_mask: Tensor, positions: Tensor | None) -> Memory:
         """Reads a prompt (positions None) or the next block of clean patches [B, n, P], once for all steps to come.
@@ -314,6 +331,8 @@ class JiT(nn.Module):
         if self.entry:
             memory.shown_to_noisy = self.read_embed(self.read_norm(last_valid(x, segment.valid)))
         self._transform(x, [segment], slice(self.entry, None), memory=memory)
+        if self.neighbours is not None and positions is not None:
+            memory.tokens = self.neighbours.last(segment.tokens, memory.tokens)
         memory.valid = torch.cat([memory.valid, segment.valid], 1)
         return memory
 
@@ -333,15 +352,18 @@ class JiT(nn.Module):
         return self.codec.nearest(colours)
 
     def _inputs(self, noisy, level, slot_mask, self_condition):
-        """Features of the patches [B, N, F] (padding slots zeroed), and the head's evidence (None for `linear`)."""
-        parts, evidence = [noisy.unflatten(-1, (self.slots, -1))], None  # each [B, N, K, features]
+        """Features of the patches [B, N, F] (padding slots zeroed), the head's evidence (None for `linear`), and the
+        features of the tokens [B, N * K, F'] if their neighbours are to hear them, else None."""
+        parts, evidence, tokens = [noisy.unflatten(-1, (self.slots, -1))], None, None  # each [B, N, K, features]
         if self.head.features:
             evidence = self.head.evidence(noisy, *alpha_sigma(level))
             parts.append(self.head.features_of(evidence))
         if self.config.self_conditioning:
             parts.append(self._embed_self_condition(self_condition, parts[-1]))
-        parts = [(part * slot_mask[..., None]).flatten(2).to(self.compute_dtype) for part in parts]
-        return torch.cat(parts, -1), evidence
+        parts = [(part * slot_mask[..., None]).to(self.compute_dtype) for part in parts]
+        if self.neighbours is not None:
+            tokens = parts[1].flatten(1, 2)
+        return torch.cat([part.flatten(2) for part in parts], -1), evidence, tokens
 
     def _embed_self_condition(self, value, like):
         if value is None:
@@ -350,8 +372,9 @@ class JiT(nn.Module):
             return self.head.embed(value)
         return value.unflatten(-1, (self.slots, -1))
 
-    def _segment(self, kind: int, inputs, level, valid, positions, first: Tensor | None = None) -> Segment:
-        """Inputs [B, n, F] at noise levels [B, n or 1], after a patch that shows `first` (None: after none).
+    def _segment(self, kind: int, inputs, tokens, level, valid, positions, first: Tensor | None = None) -> Segment:
+        """Inputs [B, n, F] and features of their tokens at noise levels [B, n or 1], after a patch that shows `first`
+        (None: after none).
 
         Every patch also shows the one before it, the shift of Peng et al., "RWKV" (2023), section 3.1: which token
         follows which need not be found by attention first. Between a prompt and a clean patch nothing is shown.
@@ -361,7 +384,7 @@ class JiT(nn.Module):
         first = torch.zeros_like(shown[:, :1]) if first is None else first
         before = torch.cat([first, shown[:, :-1]], 1)
         time = self.time_embed(level if kind == CLEAN else level.clamp(self.cleanest, self.noisiest))
-        return Segment(kind, own, shown, before, time, valid, positions)
+        return Segment(kind, own, shown, before, time, valid, positions, tokens)
 
     def _prompt_segment(self, patches: Tensor, slot_mask: Tensor) -> Segment:
         """The condition; its last patch gets position -1, so that it stands next to the image's first."""
@@ -372,8 +395,8 @@ class JiT(nn.Module):
     def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor, first=None) -> Segment:
         """Patches that are shown without noise and not predicted."""
         level = patches.new_zeros(len(patches), 1)
-        inputs, _ = self._inputs(patches, level, slot_mask, None)
-        return self._segment(CLEAN, inputs, level, slot_mask.any(-1), positions, first)
+        inputs, _, tokens = self._inputs(patches, level, slot_mask, None)
+        return self._segment(CLEAN, inputs, tokens, level, slot_mask.any(-1), positions, first)
 
     def _shown_to_noisy(self, read: Tensor, segments: list[Segment]) -> Tensor:
         """What noisy patches are shown of the clean one before them, [B, N, C].

@@ -21,17 +21,19 @@ class Segment(NamedTuple):
     time: Tensor  # [B, n or 1, 6C], modulation of their noise level
     valid: Tensor  # [B, n] bool
     positions: Tensor  # [B, n]
+    tokens: Tensor | None  # [B, n * K, F], features of the tokens for those next to them; None: not asked for
 
 
 class Memory:
     """Clean patches that the transformer has read, none at first: their keys and values in every block,
-    [B, heads, M, d] each, and what the last one shows to a clean and to a noisy patch after it."""
+    [B, heads, M, d] each, and what the last one, and the last tokens, show to a clean and to a noisy patch after it."""
 
     def __init__(self, depth: int, batch: int, device):
         self.past: list[list[Tensor]] = [[] for _ in range(depth)]
         self.valid = torch.ones(batch, 0, dtype=torch.bool, device=device)  # [B, M]
         self.shown: Tensor | None = None  # [B, 1, C]; None: nothing
         self.shown_to_noisy: Tensor | None = None  # the same
+        self.tokens: Tensor | None = None  # [B, reach, F], features of the last tokens; None: none
 
     def for_one_pass(self) -> Memory:
         """A copy to which a pass may add without changing this."""

@@ -159,6 +159,7 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
             positions=config.positions,
             self_conditioning=config.self_conditioning > 0,
             noisy_depth=config.noisy_depth,
+            neighbours=config.neighbours,
             activation_checkpointing=config.activation_checkpointing,
         )
     except ValueError as error:
@@ -186,6 +187,6 @@ def _load_initial(model: JiT, start, source: str) -> None:
     if wrong or set(theirs) - set(ours):
         raise UserError(
             f"--init_from {source} holds another model ({wrong[0] if wrong else 'more weights'} differs): "
-            "use the same --model, --head, --posterior, --self_conditioning and --noisy_depth"
+            "use the same --model, --head, --posterior, --self_conditioning, --noisy_depth and --neighbours"
         )
     model.load_state_dict(theirs)

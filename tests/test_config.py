@@ -63,6 +63,7 @@ def test_all_mistakes_are_listed_at_once():
         (["--vocab_size", "100"], "--vocab_size 100: expected at least 257"),
         (["--eval_fraction", "1"], "--eval_fraction 1.0: expected at least 0 and less than 1"),
         (["--head", "linear", "--objective", "mse", "--posterior", "tokens"], "drop --posterior tokens"),
+        (["--head", "linear", "--objective", "mse", "--neighbours", "1"], "--head linear has no posteriors to hear"),
         (["--noisy_depth", "1"], "--noisy_depth 1 is for texts from left to right: give --block_size"),
         (["text.txt"], "unknown argument 'text.txt'"),
     ],

@@ -44,6 +44,8 @@ def seen_by_torch(module, batch) -> int:
         {"posterior": "digits", "block_size": 2},
         {"posterior": "digits", "block_size": 2, "conditions": True, "patch_noise": 1.0},
         {"posterior": "digits", "block_size": 2, "noisy_depth": 1},
+        {"posterior": "digits", "neighbours": 0},
+        {"posterior": "tree", "neighbours": 1},
         {"posterior": "digits", "block_size": 2, "noisy_depth": 1, "conditions": True},
         {"posterior": "digits", "conditions": True, "block_size": 1},
         {"posterior": "tree", "block_size": 2, "noisy_depth": 1},

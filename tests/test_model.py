@@ -9,7 +9,7 @@ from torch.distributions import Normal
 
 from ds_tokimg.codec import TokenCodec
 from ds_tokimg.diffusion import TimestepSampler, add_noise_to_timestep
-from ds_tokimg.layers import rotate
+from ds_tokimg.layers import Neighbours, rotate
 from ds_tokimg.model import JiT, JiTConfig, config_of_name, model_names
 from tests.tiny import tiny_model
 
@@ -263,6 +263,74 @@ def test_earlier_blocks_matter_and_a_condition_is_seen_by_all(noisy_depth):
     changed = (predict(first=0.5) - plain).abs().amax((0, 2))
     assert changed[0] == 0 and (changed[1:] > 0).all()
     assert ((predict(asked=0.5) - plain).abs().amax((0, 2)) > 0).all()
+
+
+def test_a_token_hears_those_next_to_it():
+    """One by one: its own block as it is, earlier ones without noise, later ones not at all."""
+    neighbours = Neighbours(reach=2, features=3, outputs=5)
+    nn.init.normal_(neighbours.output.weight)
+    tokens, clean, before = torch.randn(2, 7, 3), torch.randn(2, 7, 3), torch.randn(2, 2, 3)
+    blocks = torch.tensor([0, 0, 1, 1, 1, 1, 2])
+
+    def expected(heard) -> Tensor:
+        rows = [torch.cat([heard(i, i + d) for d in (-2, -1, 1, 2)], -1) for i in range(7)]
+        return neighbours.output(torch.stack(rows, 1))
+
+    silence = torch.zeros(2, 3)
+    torch.testing.assert_close(neighbours(tokens), expected(lambda i, j: tokens[:, j] if 0 <= j < 7 else silence))
+    torch.testing.assert_close(
+        neighbours(tokens, before),
+        expected(lambda i, j: before[:, j] if j < 0 else tokens[:, j] if j < 7 else silence),
+    )
+
+    def in_blocks(i: int, j: int) -> Tensor:
+        if not 0 <= j < 7 or blocks[j] > blocks[i]:
+            return silence
+        return (tokens if blocks[j] == blocks[i] else clean)[:, j]
+
+    torch.testing.assert_close(neighbours(tokens, context=(clean, blocks)), expected(in_blocks))
+
+
+@pytest.mark.parametrize("before", [None, torch.randn(1, 3, 4)])
+def test_the_last_tokens_are_those_that_the_next_ones_hear(before):
+    """However few come at a time."""
+    tokens = torch.arange(20.0).view(1, 5, 4)
+    neighbours = Neighbours(reach=3, features=4, outputs=2)
+    together = neighbours.last(tokens, before)
+    one_by_one = before
+    for i in range(5):
+        one_by_one = neighbours.last(tokens[:, i : i + 1], one_by_one)
+    assert torch.equal(one_by_one, together) and torch.equal(together, tokens[:, 2:])
+
+
+@pytest.mark.parametrize("options", [{"posterior": "tokens"}, {"posterior": "digits"}, {"posterior": "tree"}])
+def test_neighbours_matter_where_they_are_heard(options):
+    """With silent blocks: the tokens of the same patch, and across its border those two tokens far."""
+    model = tiny_model(CODEC, neighbours=2, **options)
+    for block in model.blocks:
+        nn.init.zeros_(block.offset)
+    for layer in (model.time_embed.modulation, model.before_embed):
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+    clean, mask = images_of([64])
+    noisy, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
+    changed = noisy.clone()
+    changed[:, 1, :3] = -changed[:, 1, :3]  # the first token of the second patch
+    t = torch.tensor([500.0])
+    pair = [model.predict(x, t, slot_mask).logits.flatten(1, 2).flatten(2) for x in (noisy, changed)]
+    differs = (pair[0] != pair[1]).any(-1)[0]
+    assert differs[:16].nonzero().flatten().tolist() == [14, 15] and differs[16:32].all() and not differs[32:64].any()
+
+
+@pytest.mark.parametrize(("options", "reach"), [({}, 2), ({"token_size": 4}, 0), ({"head": "linear"}, 0)])
+def test_neighbours_are_heard_where_tokens_share_a_patch(options, reach):
+    codec = TokenCodec(50, token_size=options.pop("token_size", 1))
+    assert tiny_model(codec, **options).config.neighbours == reach
+
+
+def test_a_linear_head_hears_no_neighbours():
+    with pytest.raises(ValueError, match="the linear head has none"):
+        tiny_model(CODEC, head="linear", neighbours=1)
 
 
 # ---- noise levels and places ----

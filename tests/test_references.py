@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.references import Autoregressive, MaskedDiffusion
+from benchmarks.references import Autoregressive, MaskedDiffusion, TokenTransformer
 
 SHAPE = (2, 32, 2)
 IDS = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -48,9 +48,24 @@ def test_the_chain_rule_holds_over_all_texts(kind):
     assert float((-nats).exp().sum()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_the_masked_bound_is_the_mean_over_all_masks():
+@pytest.mark.parametrize("shift", [(), (-1, 1)])
+def test_tokens_show_those_beside_them(shift):
+    """Where nobody attends to anybody else, only what is shown can matter."""
+    torch.manual_seed(0)
+    model = TokenTransformer(20, 20, *SHAPE, shift)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    changed = IDS.clone()
+    changed[:, 5] += 1
+    alone = torch.eye(12, dtype=torch.bool)[None, None]
+    differs = (model(IDS, alone) != model(changed % 20, alone)).any(-1).all(0)
+    assert differs.nonzero().flatten().tolist() == ([4, 5, 6] if shift else [5])
+
+
+@pytest.mark.parametrize("kind", [MaskedDiffusion, functools.partial(MaskedDiffusion, shift=True)])
+def test_the_masked_bound_is_the_mean_over_all_masks(kind):
     """One token: it is masked or not, so that -log p is exact; two: the bound averages both orders."""
-    model = trained(MaskedDiffusion)
+    model = trained(kind)
     one, mask = IDS[:1, :1], torch.ones(1, 1, dtype=torch.bool)
     with torch.no_grad():
         hidden = model.model(torch.full((1, 1), 20), mask[:, None, None]).log_softmax(-1)
