@@ -37,7 +37,7 @@ from ds_tokimg.evaluate import bound_of  # noqa: E402
 from ds_tokimg.heads import TreeHead, draws_in_one_step  # noqa: E402
 from ds_tokimg.loader import TrainBatchSampler  # noqa: E402
 from ds_tokimg.model import SIZES  # noqa: E402
-from ds_tokimg.optimizer import build_optimizer  # noqa: E402
+from ds_tokimg.optimizer import Averaging, build_optimizer  # noqa: E402
 from ds_tokimg.ranks import OnlyRank  # noqa: E402
 from ds_tokimg.sampler import SamplingOptions, sample  # noqa: E402
 from ds_tokimg.setup import assemble  # noqa: E402
@@ -67,6 +67,7 @@ SYSTEMS = {
     "masked, shift": {},
 }
 EMA_DECAY = 0.9999
+LEARNING_RATE = 3e-3
 RESULTS = ROOT / "benchmarks" / "learning.jsonl"
 
 
@@ -178,7 +179,7 @@ def print_table() -> None:
     for row in sorted(rows, key=lambda row: (row["corpus"], row["positions"], min(_bits_per_byte(row)))):
         curves = [autoregressive_curve(rows, row["corpus"], system) for system in references]
         for path, figures in row["bits"].items():
-            cells = [row["corpus"], row["system"], " ".join(row["set"]), row["seed"], row["batch"]]
+            cells = [row["corpus"], row["system"], _settings(row), row["seed"], row["batch"]]
             cells += [f"{row['positions'] / 1e6:.2f} M", f"{row['tokens'] / 1e6:.2f} M", f"{row['seconds']:.0f}"]
             cells += [f"blocks of {path}" if path != "0" else "plain"]
             cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]
@@ -186,10 +187,18 @@ def print_table() -> None:
             print("| " + " | ".join(map(str, cells)) + " |")
 
 
+def _settings(row: dict) -> str:
+    """What differs from the recipe."""
+    settings = list(row.get("set", []))
+    for name, usual in (("lr", LEARNING_RATE), ("optimizer", "AdamW"), ("weights", "ema")):
+        settings += [f"{name}={row[name]}"] if row.get(name, usual) != usual else []
+    return " ".join(settings)
+
+
 def autoregressive_curve(rows: list[dict], corpus: str, system: str = "autoregressive") -> list[tuple[float, float]]:
     """(positions, bits per byte) of an autoregressive reference: its best at each budget, while more compute helps."""
     curve: list[tuple[float, float]] = []
-    same = [row for row in rows if row["system"] == system and row["corpus"] == corpus and not row.get("set")]
+    same = [row for row in rows if row["system"] == system and row["corpus"] == corpus and not _settings(row)]
     for row in sorted(same, key=lambda row: (row["positions"], min(_bits_per_byte(row)))):
         if not curve or min(_bits_per_byte(row)) < curve[-1][1]:
             curve.append((row["positions"], min(_bits_per_byte(row))))
@@ -243,13 +252,28 @@ def _value(text: str):
         return text
 
 
+class AveragedMuon(Averaging, torch.optim.Muon):
+    """torch.optim.Muon with moving averages of the weights in its state."""
+
+
+def build_optimizers(system, arguments) -> list[torch.optim.Optimizer]:
+    """The trainer's AdamW, or (Jordan et al. 2024) Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = []
+    if arguments.optimizer == "Muon":
+        matrices = [p for p in system.module.model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in system.module.parameters() if all(p is not matrix for matrix in matrices)]
+    settings = {"lr": arguments.lr, "betas": [0.9, 0.95], "weight_decay": 0.01}
+    optimizers = [build_optimizer(others, {"type": "AdamW", "params": settings}, [EMA_DECAY])]
+    if matrices:
+        # Updates as large as those of AdamW, so that they share a learning rate (Liu et al. 2025).
+        settings = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(AveragedMuon(matrices, ema_decay=[EMA_DECAY], **settings))
+    return optimizers
+
+
 def train(system, arguments) -> dict:
     """Spends the budget and measures: bits of the averaged weights, tokens, seconds, positions."""
-    optimizer = build_optimizer(
-        list(system.module.parameters()),
-        {"type": "AdamW", "params": {"lr": arguments.lr, "betas": [0.9, 0.95], "weight_decay": 0.01}},
-        [EMA_DECAY],
-    )
+    optimizers = build_optimizers(system, arguments)
     sampler = TrainBatchSampler(system.parts.train_set.lengths, arguments.batch, arguments.seed)
     module, step, positions, tokens, begun, losses = system.module, 0, 0.0, 0, time.perf_counter(), []
     steps = None
@@ -261,12 +285,13 @@ def train(system, arguments) -> dict:
                 per_step = [2 if size else 1 for size in getattr(system, "block_sizes", [0])]
                 mean = computed / per_step[0] * sum(per_step) / len(per_step)
                 steps = max(1, round(arguments.positions / mean))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, arguments.lr)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, arguments.lr)
+                optimizer.step()
+                optimizer.zero_grad()
             step, positions = step + 1, positions + computed
             tokens += int(system.parts.train_set.lengths[indices].sum())
             losses.append(loss.item())
@@ -274,11 +299,17 @@ def train(system, arguments) -> dict:
                 print(step, steps, f"{np.mean(losses[-100:]):.4f} {time.perf_counter() - begun:.0f} s", flush=True)
             if step >= steps:
                 seconds = time.perf_counter() - begun
-                with torch.no_grad():
-                    for parameter in module.parameters():
-                        parameter.copy_(optimizer.state[parameter][f"ema_{EMA_DECAY}"])
+                if arguments.weights == "ema":
+                    use_averages(optimizers)
                 return {"steps": step, "positions": positions, "tokens": tokens, "seconds": seconds}
     raise AssertionError
+
+
+@torch.no_grad()
+def use_averages(optimizers) -> None:
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            parameter.copy_(state[f"ema_{EMA_DECAY}"])
 
 
 def write_texts(system, arguments) -> None:
@@ -308,7 +339,9 @@ def main() -> None:
     add("--tokenizer", metavar="DIR", help="a tokenizer to load (default: one of 1,024 ids, trained on the corpus)")
     add("--positions", type=float, default=1e6)
     add("--batch", type=int, default=16)
-    add("--lr", type=float, default=3e-3)
+    add("--lr", type=float, default=LEARNING_RATE)
+    add("--optimizer", choices=["AdamW", "Muon"], default="AdamW", help="Muon: for the matrices of the blocks")
+    add("--weights", choices=["ema", "trained"], default="ema", help="which ones are measured")
     add("--seed", type=int, default=0)
     add("--levels", type=int, default=8, help="noise levels a text is evaluated at")
     add("--paths", type=int, nargs="*", help="block sizes of the bounds to measure (default: those trained)")
@@ -326,6 +359,7 @@ def main() -> None:
     corpus = arguments.corpus + (f", {Path(arguments.tokenizer).name}" if arguments.tokenizer else "")
     row = {"system": arguments.system, "corpus": corpus, "set": arguments.set}
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
+    row |= {"optimizer": arguments.optimizer, "weights": arguments.weights}
     row |= train(system, arguments)
     system.module.eval()
     row |= {"parameters": _parameters(system.module.model.blocks), "threads": torch.get_num_threads()}

@@ -152,11 +152,11 @@ class TrainingLoss(nn.Module):
         """The objective's sum; and the cross-entropy of each token [B, N, K] in nats, if a schedule asks for it."""
         if self.objective == "ce":
             return prediction.loss_sum(target.ids, mask)
-        losses = token_losses(self.objective, prediction, target) * mask
+        loss_sum = (token_losses(self.objective, prediction, target) * mask).sum()
         if self.schedule is None:
-            return losses.sum(), None
+            return loss_sum, None
         with torch.no_grad():
-            return losses.sum(), token_losses("ce", prediction, target) * mask
+            return loss_sum, token_losses("ce", prediction, target) * mask
 
     def _follows_the_path(self, t: Tensor, batch) -> Tensor:
         """Samples whose patches have one noise level, or one a block, as the bound's path asks for: bool [B]."""

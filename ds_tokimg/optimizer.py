@@ -31,7 +31,7 @@ def warmed_decay(decay: float, updates: int) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-class _Averaging:
+class Averaging:
     """Mix-in for a torch optimiser: `ema_DECAY` and `updates` in the state of each parameter.
 
     DeepSpeed reads `overflow` and `_global_grad_norm` of whatever optimiser it steps. At stage 0 nothing else sets
@@ -78,15 +78,15 @@ class _Averaging:
                 del state[key]
 
 
-class AveragedAdamW(_Averaging, torch.optim.AdamW):
+class AveragedAdamW(Averaging, torch.optim.AdamW):
     """torch.optim.AdamW with moving averages of the weights in its state."""
 
 
-class AveragedAdam(_Averaging, torch.optim.Adam):
+class AveragedAdam(Averaging, torch.optim.Adam):
     """torch.optim.Adam with moving averages of the weights in its state."""
 
 
-class AveragedSGD(_Averaging, torch.optim.SGD):
+class AveragedSGD(Averaging, torch.optim.SGD):
     """torch.optim.SGD with moving averages of the weights in its state."""
 
 

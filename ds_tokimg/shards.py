@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ds_tokimg.optimizer import UPDATES, _Averaging
+from ds_tokimg.optimizer import UPDATES, Averaging
 
 FP32 = "fp32"
 
@@ -26,7 +26,7 @@ class Shards:
         engine: a DeepSpeedEngine. optimizer: the torch optimiser inside it. stage: 0 to 3.
     """
 
-    def __init__(self, engine, optimizer: _Averaging, stage: int):
+    def __init__(self, engine, optimizer: Averaging, stage: int):
         self.engine, self.optimizer, self.stage = engine, optimizer, stage
         self.zero = engine.optimizer  # DeepSpeed's wrapper; at stage 0 the optimiser itself
 

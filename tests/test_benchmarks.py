@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ import pytest
 from benchmarks import learning
 from benchmarks.learning import autoregressive_curve, compute_gap
 from benchmarks.lengths import valid_shares
+from benchmarks.levels import rates
 from benchmarks.text import Judge, distinct, entropy
 from benchmarks.timing import ratios, spread, take_turns
+from ds_tokimg.codec import TokenCodec
 from ds_tokimg.config import TrainConfig
 from tests.distributed import run_ranks
+from tests.tiny import layout_of, tiny_model
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -105,11 +109,27 @@ def test_word_salad_and_repetition_are_told_from_text():
     assert entropy(list("abab")) == 1.0 and entropy(list("aaaa")) == 0.0
 
 
+@pytest.mark.parametrize("block_size", [0, 1])
+def test_the_levels_of_an_untrained_model_add_up_to_the_whole_vocabulary(block_size):
+    """It says the same at every level, nothing, so that nothing is lost on the way."""
+    model = tiny_model(TokenCodec(16, token_size=2), trained=False, patch_size=2)
+    text_format = SimpleNamespace(block_size=block_size, objective="ce")
+    trained = SimpleNamespace(model=model, format=text_format, layout=layout_of(model))
+    texts = [np.random.default_rng(i).integers(0, 16, 64) for i in range(8)]
+    log_snrs = np.linspace(-8, 3.5, 47)  # steps of a quarter
+    paid, known = rates(trained, texts, log_snrs)
+    assert paid.sum() * 0.25 == pytest.approx(4.0, rel=0.03)
+    assert (known is None) == (block_size == 0)
+    if block_size:
+        np.testing.assert_allclose(known, paid, rtol=1e-3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["ours", "autoregressive"])
-def test_learning_trains_measures_and_writes_texts(system, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("system", "optimizer"), [("ours", "Muon"), ("autoregressive", "AdamW")])
+def test_learning_trains_measures_and_writes_texts(system, optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "RESULTS", tmp_path / "rows.jsonl")
     flags = ["--system", system, "--positions", "4000", "--batch", "2", "--levels", "1", "--texts", "2"]
+    flags += ["--optimizer", optimizer]
     monkeypatch.setattr(sys, "argv", ["learning.py", *flags, "--write", str(tmp_path / "texts")])
     learning.main()
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())

@@ -76,7 +76,7 @@ def test_a_loss_that_rises_or_does_not_change_asks_for_nothing():
         torch.testing.assert_close(schedule.shares(), torch.full((BINS,), 1 / BINS, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("objective", ["ce", "elbo"])
+@pytest.mark.parametrize("objective", ["ce", "elbo", "mse"])
 @pytest.mark.parametrize("posterior", ["tokens", "digits"])
 def test_what_is_seen_is_the_loss_however_it_is_cut(objective, posterior):
     model = tiny_model(CODEC, posterior=posterior)
@@ -93,6 +93,7 @@ def test_what_is_seen_is_the_loss_however_it_is_cut(objective, posterior):
             torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-5, atol=1e-4)
     total = [sum(float(whole[f"{prefix}{i:02d}"]) for i in range(BINS)) for prefix in PREFIXES]
     assert total[1] == sum(map(len, texts.texts))
+    assert whole["loss_sum"].requires_grad
     if objective == "ce":
         assert total[0] == pytest.approx(float(whole["loss_sum"].detach()), rel=1e-5)
 
