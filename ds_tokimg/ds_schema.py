@@ -64,7 +64,7 @@ KNOWN_KEYS = frozenset(TOP_LEVEL)
 _ADAM = {**_keys(POSITIVE, "lr eps"), "betas": LIST, "weight_decay": NUMBER}
 _ADAM |= _keys(SWITCH, "torch_adam adam_w_mode")
 _SGD = {"lr": POSITIVE, **_keys(NUMBER, "momentum dampening weight_decay"), "nesterov": SWITCH}
-OPTIMIZERS = {"AdamW": _ADAM, "Adam": _ADAM, "SGD": _SGD}
+OPTIMIZERS = {"AdamW": _ADAM, "Adam": _ADAM, "SGD": _SGD, "Muon": _ADAM | {"momentum": NUMBER}}
 
 _WARMUP = {"warmup_num_steps": COUNT, "warmup_type": ("linear", "log")}
 _WARMUP_LR = {**_WARMUP, "warmup_min_lr": NUMBER, "warmup_max_lr": POSITIVE}
@@ -304,6 +304,8 @@ def _combination_problems(raw: dict) -> list[str]:
         problems.append("bf16.bf16_master_weights_and_grads needs zero_optimization.offload_optimizer")
     if offload_device(raw) and raw.get("zero_force_ds_cpu_optimizer"):
         problems.append("zero_force_ds_cpu_optimizer must be false with offload_optimizer: the optimiser is torch's")
+    if offload_device(raw) and lookup(raw, "optimizer.type") == "Muon":
+        problems.append("optimizer.type Muon puts whole matrices together on the device: not with offload_optimizer")
     if lookup(raw, "zero_optimization.offload_param.device") in ("cpu", "nvme") and stage != 3:
         problems.append(f"zero_optimization.offload_param needs stage 3, not {shown(stage)}")
     total, warmup = (lookup(raw, f"scheduler.params.{name}_num_steps") for name in ("total", "warmup"))

@@ -157,6 +157,7 @@ def _flat_states(checkpoint: Path, saved: dict, read: Reader) -> Iterator[tuple[
                 {
                     key: torch.cat([flat[key].narrow(0, place.start, place.numel) for flat, place in parts])
                     for key in (FP32, *saved["states"])
+                    if key in flats[0]  # not every group has every state
                 },
             )
 
@@ -177,6 +178,7 @@ def _partitioned_states(checkpoint: Path, saved: dict, read: Reader) -> Iterator
                 {
                     key: torch.cat([flat[key].narrow(0, offset, size) for flat in flats])[: shape.numel()]
                     for key in (FP32, *saved["states"])
+                    if key in flats[0]
                 },
             )
             offset += size

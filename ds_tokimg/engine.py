@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_tokimg import checkpoint
-from ds_tokimg.optimizer import average_key, build_optimizer
+from ds_tokimg.optimizer import AveragedMuon, average_key, build_optimizer
 from ds_tokimg.ranks import Dist, TrainingError, answering
 from ds_tokimg.shards import Shards
 
@@ -169,6 +169,8 @@ class TrainEngine:
         if self.stage == 0 and dist.world_size == 1:
             self.engine.enable_backward_allreduce = False  # it would copy all gradients there and back
         self.shards = Shards(self.engine, self.optimizer, self.stage)
+        if isinstance(self.optimizer, AveragedMuon) and self.stage > 0:
+            self.optimizer.locate = self.shards.places
         self._first_learning_rate()
 
     def _engine_config(self) -> dict:

@@ -20,6 +20,7 @@ from ds_tokimg.memory import (
     largest_micro_batch,
     rank_memory,
 )
+from ds_tokimg.optimizer import hidden_matrices
 from ds_tokimg.ranks import OnlyRank
 from ds_tokimg.setup import Parts, assemble
 
@@ -142,7 +143,6 @@ def _precision(settings: dict) -> str:
 
 
 def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: ds_config.Machine) -> Footprint:
-    optimizer = settings["optimizer"]
     parameters = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
     parts.module.measure_bound = True  # as in the steps that are logged, which need the most
     small, large = (longest_batch(parts, samples) for samples in (FEW, MANY))
@@ -150,7 +150,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: ds_co
     return Footprint(
         parameters=parameters,
         precision=_precision(settings),
-        moments=MOMENTS[optimizer["type"]] + (optimizer["params"].get("momentum", 0) > 0),
+        moments=_moments(settings["optimizer"], parts.module, parameters),
         averages=len(config.ema_decay),
         zero=settings["zero_optimization"],
         on_cpu=machine.accelerator == "cpu",
@@ -158,6 +158,13 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: ds_co
         per_sample=per_sample,
         accumulation=settings["gradient_accumulation_steps"],
     )
+
+
+def _moments(optimizer: dict, module, parameters: int) -> float:
+    kind = optimizer["type"]
+    if kind == "Muon":  # one for matrices, two for the rest
+        return MOMENTS[kind] - sum(p.numel() for p in hidden_matrices(module.parameters())) / parameters
+    return MOMENTS[kind] + (optimizer["params"].get("momentum", 0) > 0)
 
 
 def longest_batch(parts: Parts, samples: int) -> dict:

@@ -41,6 +41,8 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.mlp = SwiGLU(width, hidden)
         self.offset = nn.Parameter(torch.zeros(6 * width))  # [6C]
+        for parameter in self.parameters():
+            parameter.hidden_matrix = parameter.ndim == 2  # for Muon, see `ds_tokimg.optimizer`
 
     def forward(
         self,

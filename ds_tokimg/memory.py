@@ -24,7 +24,7 @@ from ds_tokimg.ds_config import CPU_BUCKET_SIZE
 STAGES = (0, 1, 2, 3)
 HALF = ("bf16", "fp16")
 # Tensors as large as the weights that an optimiser keeps.
-MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 0}
+MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 0, "Muon": 2}
 # DeepSpeed's own sizes, in elements, where the JSON has none.
 REDUCE_BUCKET_SIZE = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -35,14 +35,14 @@ class Footprint:
     """What decides the memory of a run, apart from the ZeRO stage and the world size.
 
     parameters: trained ones. precision: "fp32", "bf16", "fp16" or "torch_autocast". moments, averages: tensors as
-    large as the weights in the optimiser. zero: the block `zero_optimization` of the JSON. on_cpu: memory that is
-    reserved and never touched does not count. fixed, per_sample: bytes of activations, see `activation_bytes`.
-    accumulation: micro-batches a step.
+    large as the weights in the optimiser (a fraction where only some have one). zero: the block `zero_optimization` of
+    the JSON. on_cpu: memory that is reserved and never touched does not count. fixed, per_sample: bytes of activations,
+    see `activation_bytes`. accumulation: micro-batches a step.
     """
 
     parameters: int
     precision: str
-    moments: int
+    moments: float
     averages: int
     zero: dict
     on_cpu: bool
@@ -99,7 +99,7 @@ def rank_memory(footprint: Footprint, stage: int, world_size: int) -> RankMemory
     part = -(-size // world_size)
     held = part if stage else size  # parameters whose optimiser state is here
     masters = 1 if stage else 0
-    optimizer, averages = 4 * (masters + footprint.moments) * held, 4 * footprint.averages * held
+    optimizer, averages = round(4 * (masters + footprint.moments) * held), 4 * footprint.averages * held
     device = footprint.zero.get("offload_optimizer", {}).get("device", "none")
     offloaded = stage > 0 and device != "none" and not footprint.on_cpu
     return RankMemory(

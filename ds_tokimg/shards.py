@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ds_tokimg.optimizer import UPDATES, Averaging
+from ds_tokimg.optimizer import UPDATES, Averaging, Place
 
 FP32 = "fp32"
 
@@ -53,6 +53,27 @@ class Shards:
         }
         return sorted(keys)
 
+    def group(self, index: int) -> dict:
+        """The optimiser's parameter group of one of the tensors that it steps."""
+        groups = self.optimizer.param_groups
+        if self.stage == 0:
+            return next(group for group in groups if any(p is self.stepped[index] for p in group["params"]))
+        return groups[self.zero.sub_group_to_group_id[index] if self.stage == 3 else index]
+
+    def places(self, tensor: Tensor) -> list[Place]:
+        """Where in a tensor that the optimiser steps at stages 1 to 3 the parameters of its group lie, matrices all of
+        them; the same parameters in the same order on every rank."""
+        index = next(i for i, stepped in enumerate(self.stepped) if stepped is tensor)
+        if self.stage < 3:
+            return [_flat_place(p) for p in self.zero.bit16_groups[index]]
+        places, offset = [], 0
+        for p in self.zero.fp16_groups[index]:
+            size = p.partition_numel()
+            start = self.zero._get_param_partition_rank(p) * size
+            places.append(Place(tuple(p.ds_shape), start, offset, max(0, min(size, p.ds_numel - start))))
+            offset += size
+        return places
+
     @property
     def updates(self) -> int:
         """Updates the optimiser has made so far."""
@@ -74,8 +95,9 @@ class Shards:
     @torch.no_grad()
     def allocate(self, keys: list[str], updates: int) -> None:
         """Give every tensor that the optimiser steps states `keys`, zero so far, as after `updates` steps."""
-        for tensor in self.stepped:
-            state = self.optimizer.state[tensor] = {key: torch.zeros_like(tensor.data) for key in keys}
+        for index, tensor in enumerate(self.stepped):
+            own = [key for key in keys if self.optimizer.keeps(self.group(index), key)]
+            state = self.optimizer.state[tensor] = {key: torch.zeros_like(tensor.data) for key in own}
             state[UPDATES] = updates
             if "exp_avg" in state:
                 state["step"] = torch.tensor(float(updates), device=tensor.device)  # fused kernels want it there
@@ -170,6 +192,15 @@ class Shards:
         if mapping is not None and key not in (mapping.optim_fragment or {}):
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
+
+
+def _flat_place(param: nn.Parameter) -> Place:
+    """Stages 1 and 2: the part of a parameter in the flat partition of its group on this rank."""
+    mapping = param._hp_mapping
+    if mapping is None:
+        return Place(tuple(param.shape), 0, 0, 0)
+    whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Place(tuple(param.shape), whole.start, flat.start, flat.numel)
 
 
 def _or_zeros(value: Tensor | None, like: Tensor) -> Tensor:

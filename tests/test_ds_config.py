@@ -246,6 +246,10 @@ def test_what_a_foreign_optimiser_needs():
         ({"zero_optimization": True}, "zero_optimization true: expected an object"),
         ({"optimizer": None}, "optimizer is missing"),
         ({"optimizer__type": None}, "optimizer.type is missing: choose one of AdamW, Adam, SGD"),
+        (
+            {"optimizer__type": "Muon", "zero_optimization__offload_optimizer": {"device": "cpu"}},
+            "optimizer.type Muon puts whole matrices together on the device: not with offload_optimizer",
+        ),
         ({"optimizer__type": "Lion"}, 'optimizer.type "Lion" is not supported; choose one of AdamW, Adam, SGD'),
         ({"scheduler__type": "WarmupCosinLR"}, "did you mean 'WarmupCosineLR'?"),
         ({"optimizer__params__betas": [0.9]}, "optimizer.params.betas [0.9]: expected two numbers"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ds_tokimg.optimizer import average_key, build_optimizer, warmed_decay
+from ds_tokimg import optimizer as optimizers
+from ds_tokimg.optimizer import Place, average_key, build_optimizer, orthogonalized, warmed_decay
 
 DECAYS = [0.5, 0.999]
 
@@ -62,6 +63,69 @@ def test_averages_are_the_plain_recursion(block):
     for decay, values in averages.items():
         for average, p in zip(values, params, strict=True):
             torch.testing.assert_close(optimizer.state[p][average_key(decay)], average)
+
+
+def _marked_params() -> list[nn.Parameter]:
+    params = [*_params(), nn.Parameter(torch.randn(6, 10)), nn.Parameter(torch.randn(12, 5))]
+    for p in params[-2:]:
+        p.hidden_matrix = True
+    return params
+
+
+def test_muon_is_torchs_for_what_is_marked_and_adamw_for_the_rest():
+    """torch's takes its steps in half precision, which is what the tolerance is for."""
+    params = _marked_params()
+    reference = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = build_optimizer(params, {"type": "Muon", "params": {"lr": 0.1, "weight_decay": 0.02}}, DECAYS)
+    muon = torch.optim.Muon(reference[-2:], lr=0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adamw = build_optimizer(reference[:-2], {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.02}}, [])
+    for step in range(5):
+        _set_gradients(params, step)
+        _set_gradients(reference, step)
+        for o in (optimizer, muon, adamw):
+            o.step()
+    for p, expected in zip(params[:-2], reference[:-2], strict=True):
+        assert torch.equal(p, expected)
+    for p, expected in zip(params[-2:], reference[-2:], strict=True):
+        torch.testing.assert_close(p, expected, rtol=0, atol=4e-3)
+        assert "exp_avg_sq" not in optimizer.state[p] and average_key(0.5) in optimizer.state[p]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_steps_of_muon_are_orthogonal(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalized(matrix)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.linalg.svdvals(result)
+    assert result.shape == shape and values.min() > 0.6 and values.max() < 1.3
+    # The same singular vectors.
+    inside = left.T @ result @ right.T
+    assert (inside - inside.diagonal().diag()).abs().max() < 1e-4
+    assert torch.equal(orthogonalized(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_matrices_in_pieces_step_as_whole_ones(monkeypatch):
+    """A flat tensor that holds two matrices, with padding, as a rank alone gets it."""
+    monkeypatch.setattr(optimizers, "BUCKET_SIZE", 32)
+    whole = _marked_params()[-2:]
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in whole] + [torch.zeros(8)]))
+    flat.hidden_matrix = True
+    places = [Place((6, 10), 0, 0, 60), Place((12, 5), 0, 60, 60)]
+    block = {"type": "Muon", "params": {"lr": 0.1}}
+    together, apart = build_optimizer([flat], block, []), build_optimizer(whole, block, [])
+    together.locate = lambda tensor: places
+    for step in range(3):
+        _set_gradients(whole, step)
+        flat.grad = torch.cat([p.grad.flatten() for p in whole] + [torch.zeros(8)])
+        together.step()
+        apart.step()
+    torch.testing.assert_close(flat[:120], torch.cat([p.flatten() for p in whole]))
+    assert not flat[120:].any()
+
+
+def test_muon_without_matrices_says_so():
+    with pytest.raises(ValueError, match="no parameter is marked"):
+        build_optimizer(_params(), {"type": "Muon", "params": {"lr": 0.1}}, [])
 
 
 def test_parameters_without_gradient_keep_their_averages_behind():

@@ -17,6 +17,7 @@ MIXED = [(stage, ranks, BATCH // ranks) for stage in range(4) for ranks in (1, 2
 MIXED += [(0, 1, 2), (0, 2, 2), (0, 4, 1), (1, 1, 4), (1, 2, 1), (2, 1, 2), (2, 2, 2), (2, 4, 1), (3, 1, 4), (3, 2, 2)]
 FEW = [(0, 2, 2), (0, 4, 2), (1, 4, 2), (2, 4, 2), (3, 4, 2)]
 QUICK = [("few", 1, 2, 2)]
+MUON = [(0, 2, 4), (1, 1, 4), (1, 2, 2), (3, 1, 8), (3, 4, 2)]
 # Relative, over all steps. Measured over 50 steps and all combinations, at most: loss 1.4e-6, gradient norm 4.5e-6,
 # bits per token 3.3e-6, validation 3.6e-7.
 LOSS_TOLERANCE = 1e-5
@@ -145,6 +146,36 @@ def test_from_left_to_right_too(data, record, tmp_path):
         folder.mkdir()
         train_once(folder, data, FEW_STEPS, "few", cut, *flags)
     assert_same_curve(tmp_path / "cut" / "run", tmp_path / "whole" / "run", record)
+
+
+def with_muon(monkeypatch) -> None:
+    optimizer = SHIPPED["optimizer"] | {"type": "Muon"}
+    monkeypatch.setitem(SHIPPED, "optimizer", optimizer)
+
+
+@pytest.mark.parametrize("cut", [(2, 2, 2), *(pytest.param(c, marks=pytest.mark.slow) for c in MUON)])
+def test_muon_puts_matrices_together(cut, data, record, tmp_path, monkeypatch):
+    """What ZeRO cuts up is made orthogonal as a whole."""
+    with_muon(monkeypatch)
+    for folder, now in ((tmp_path / "whole", REFERENCE), (tmp_path / "cut", cut)):
+        folder.mkdir()
+        train_once(folder, data, FEW_STEPS, "mixed", now)
+    assert_same_curve(tmp_path / "cut" / "run", tmp_path / "whole" / "run", record)
+
+
+@pytest.mark.slow
+def test_muon_resumes_on_other_ranks_and_stages(data, record, tmp_path, monkeypatch):
+    """Matrices have one moment and the rest has two, wherever they go."""
+    with_muon(monkeypatch)
+    (tmp_path / "whole").mkdir()
+    train_once(tmp_path / "whole", data, STEPS, "mixed", REFERENCE)
+    train_once(tmp_path, data, EVAL_INTERVAL, "mixed", (0, 2, 4))
+    for number, (stage, ranks, micro_batch) in enumerate([(3, 2, 4), (1, 1, 2), (2, 2, 2), (3, 1, 4), (0, 1, 8)], 2):
+        end = STEPS if stage == 0 else number * EVAL_INTERVAL
+        flags = ["--resume", "latest", "--output_dir", tmp_path / "run", "--max_steps", end]
+        flags += settings_file(tmp_path, stage, micro_batch)
+        assert "resumed" in train_in_ranks(ranks, list(map(str, flags)))
+    assert_same_curve(tmp_path / "run", tmp_path / "whole" / "run", record)
 
 
 @pytest.mark.parametrize(
