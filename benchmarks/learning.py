@@ -37,7 +37,7 @@ from ds_tokimg.evaluate import bound_of  # noqa: E402
 from ds_tokimg.heads import TreeHead, draws_in_one_step  # noqa: E402
 from ds_tokimg.loader import TrainBatchSampler  # noqa: E402
 from ds_tokimg.model import SIZES  # noqa: E402
-from ds_tokimg.optimizer import Averaging, build_optimizer  # noqa: E402
+from ds_tokimg.optimizer import average_key, build_optimizer  # noqa: E402
 from ds_tokimg.ranks import OnlyRank  # noqa: E402
 from ds_tokimg.sampler import SamplingOptions, sample  # noqa: E402
 from ds_tokimg.setup import assemble  # noqa: E402
@@ -252,28 +252,11 @@ def _value(text: str):
         return text
 
 
-class AveragedMuon(Averaging, torch.optim.Muon):
-    """torch.optim.Muon with moving averages of the weights in its state."""
-
-
-def build_optimizers(system, arguments) -> list[torch.optim.Optimizer]:
-    """The trainer's AdamW, or (Jordan et al. 2024) Muon for the matrices of the blocks and AdamW for the rest."""
-    matrices = []
-    if arguments.optimizer == "Muon":
-        matrices = [p for p in system.module.model.blocks.parameters() if p.ndim == 2]
-    others = [p for p in system.module.parameters() if all(p is not matrix for matrix in matrices)]
-    settings = {"lr": arguments.lr, "betas": [0.9, 0.95], "weight_decay": 0.01}
-    optimizers = [build_optimizer(others, {"type": "AdamW", "params": settings}, [EMA_DECAY])]
-    if matrices:
-        # Updates as large as those of AdamW, so that they share a learning rate (Liu et al. 2025).
-        settings = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(AveragedMuon(matrices, ema_decay=[EMA_DECAY], **settings))
-    return optimizers
-
-
 def train(system, arguments) -> dict:
     """Spends the budget and measures: bits of the averaged weights, tokens, seconds, positions."""
-    optimizers = build_optimizers(system, arguments)
+    settings = {"lr": arguments.lr, "betas": [0.9, 0.95], "weight_decay": 0.01}
+    block = {"type": arguments.optimizer, "params": settings}
+    optimizer = build_optimizer(list(system.module.parameters()), block, [EMA_DECAY])
     sampler = TrainBatchSampler(system.parts.train_set.lengths, arguments.batch, arguments.seed)
     module, step, positions, tokens, begun, losses = system.module, 0, 0.0, 0, time.perf_counter(), []
     steps = None
@@ -287,11 +270,10 @@ def train(system, arguments) -> dict:
                 steps = max(1, round(arguments.positions / mean))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, steps, arguments.lr)
-                optimizer.step()
-                optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, arguments.lr)
+            optimizer.step()
+            optimizer.zero_grad()
             step, positions = step + 1, positions + computed
             tokens += int(system.parts.train_set.lengths[indices].sum())
             losses.append(loss.item())
@@ -300,16 +282,15 @@ def train(system, arguments) -> dict:
             if step >= steps:
                 seconds = time.perf_counter() - begun
                 if arguments.weights == "ema":
-                    use_averages(optimizers)
+                    use_averages(optimizer)
                 return {"steps": step, "positions": positions, "tokens": tokens, "seconds": seconds}
     raise AssertionError
 
 
 @torch.no_grad()
-def use_averages(optimizers) -> None:
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            parameter.copy_(state[f"ema_{EMA_DECAY}"])
+def use_averages(optimizer) -> None:
+    for parameter, state in optimizer.state.items():
+        parameter.copy_(state[average_key(EMA_DECAY)])
 
 
 def write_texts(system, arguments) -> None:
@@ -340,7 +321,7 @@ def main() -> None:
     add("--positions", type=float, default=1e6)
     add("--batch", type=int, default=16)
     add("--lr", type=float, default=LEARNING_RATE)
-    add("--optimizer", choices=["AdamW", "Muon"], default="AdamW", help="Muon: for the matrices of the blocks")
+    add("--optimizer", choices=["AdamW", "Muon"], default="AdamW", help="of the trainer")
     add("--weights", choices=["ema", "trained"], default="ema", help="which ones are measured")
     add("--seed", type=int, default=0)
     add("--levels", type=int, default=8, help="noise levels a text is evaluated at")
