@@ -20,7 +20,7 @@ from ds_tokimg.memory import (
     largest_micro_batch,
     rank_memory,
 )
-from ds_tokimg.optimizer import hidden_matrices
+from ds_tokimg.muon import hidden_matrices
 from ds_tokimg.ranks import OnlyRank
 from ds_tokimg.setup import Parts, assemble
 

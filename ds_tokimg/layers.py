@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.offset = nn.Parameter(torch.zeros(6 * width))  # [6C]
         for parameter in self.parameters():
-            parameter.hidden_matrix = parameter.ndim == 2  # for Muon, see `ds_tokimg.optimizer`
+            parameter.hidden_matrix = parameter.ndim == 2  # see `ds_tokimg.muon`
 
     def forward(
         self,

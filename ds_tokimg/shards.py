@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ds_tokimg.optimizer import UPDATES, Averaging, Place
+from ds_tokimg.muon import Place
+from ds_tokimg.optimizer import UPDATES, Averaging
 
 FP32 = "fp32"
 

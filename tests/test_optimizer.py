@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ds_tokimg import optimizer as optimizers
-from ds_tokimg.optimizer import Place, average_key, build_optimizer, orthogonalized, warmed_decay
+from ds_tokimg import muon
+from ds_tokimg.muon import Place, orthogonalized
+from ds_tokimg.optimizer import average_key, build_optimizer, warmed_decay
 
 DECAYS = [0.5, 0.999]
 
@@ -77,12 +78,12 @@ def test_muon_is_torchs_for_what_is_marked_and_adamw_for_the_rest():
     params = _marked_params()
     reference = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer = build_optimizer(params, {"type": "Muon", "params": {"lr": 0.1, "weight_decay": 0.02}}, DECAYS)
-    muon = torch.optim.Muon(reference[-2:], lr=0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    torchs = torch.optim.Muon(reference[-2:], lr=0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     adamw = build_optimizer(reference[:-2], {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.02}}, [])
     for step in range(5):
         _set_gradients(params, step)
         _set_gradients(reference, step)
-        for o in (optimizer, muon, adamw):
+        for o in (optimizer, torchs, adamw):
             o.step()
     for p, expected in zip(params[:-2], reference[:-2], strict=True):
         assert torch.equal(p, expected)
@@ -106,7 +107,7 @@ def test_steps_of_muon_are_orthogonal(shape):
 
 def test_matrices_in_pieces_step_as_whole_ones(monkeypatch):
     """A flat tensor that holds two matrices, with padding, as a rank alone gets it."""
-    monkeypatch.setattr(optimizers, "BUCKET_SIZE", 32)
+    monkeypatch.setattr(muon, "BUCKET_SIZE", 32)
     whole = _marked_params()[-2:]
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in whole] + [torch.zeros(8)]))
     flat.hidden_matrix = True
