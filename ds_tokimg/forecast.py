@@ -144,13 +144,14 @@ def _precision(settings: dict) -> str:
 
 def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: ds_config.Machine) -> Footprint:
     parameters = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
+    moments = _moments(settings["optimizer"], parts.module, parameters)
     parts.module.measure_bound = True  # as in the steps that are logged, which need the most
     small, large = (longest_batch(parts, samples) for samples in (FEW, MANY))
     fixed, per_sample = activation_bytes(parts.module, small, large, _precision(settings))
     return Footprint(
         parameters=parameters,
         precision=_precision(settings),
-        moments=_moments(settings["optimizer"], parts.module, parameters),
+        moments=moments,
         averages=len(config.ema_decay),
         zero=settings["zero_optimization"],
         on_cpu=machine.accelerator == "cpu",

@@ -116,6 +116,16 @@ def test_the_largest_micro_batch_is_consistent_with_the_table(shipped_plan):
             assert (needed <= 1e9) is fits
 
 
+def test_muon_keeps_one_moment_of_the_matrices_of_the_blocks(corpus):
+    raw = read(SHIPPED)
+    muon = raw | {"optimizer": raw["optimizer"] | {"type": "Muon"}}
+    plans = [forecast.make_plan(settings(corpus), engine, CPU, None) for engine in (muon, raw)]
+    parts = assemble(settings(corpus), OnlyRank(), None)
+    matrices = sum(p.numel() for p in parts.module.model.blocks.parameters() if p.ndim == 2)
+    states = [plan["memory"]["stages"][0]["optimizer"] for plan in plans]
+    assert states[1] - states[0] == pytest.approx(4 * matrices, abs=8)
+
+
 def test_half_precision_has_no_stage_0(corpus):
     report = planned(corpus, "--use_amp")
     assert report["engine"]["precision"] == "bf16"
