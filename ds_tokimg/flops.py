@@ -62,12 +62,10 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
         flops += sum(linear(layer, samples * asking) for layer in layers)
         flops += 4 * samples * asking * inside * model.config.width * hidden
     flops += linear(model.final.modulation, levels)
-    if not learned_input:
-        if model.neighbours is not None:
-            flops += linear(model.neighbours.output, samples * patches * slots, data)
-        return flops + linear(model.head.output, samples * patches)
     if model.neighbours is not None:
-        flops += linear(model.neighbours.output, samples * patches * slots)
+        flops += linear(model.neighbours.output, samples * patches * slots, hidden if learned_input else data)
+    if not learned_input:
+        return flops + linear(model.head.output, samples * patches)
     if isinstance(model.head.to_tokens, nn.Linear):
         flops += linear(model.head.to_tokens, samples * patches)
     if isinstance(model.head, TreeHead):
