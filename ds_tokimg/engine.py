@@ -12,6 +12,7 @@ import copy
 import importlib
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +50,17 @@ PARTITION_SETTINGS = (
 )
 # What the files of a checkpoint may hold besides tensors and plain values: nothing else is ever unpickled.
 CHECKPOINT_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def _member(enumeration: type, name: str) -> ZeroStageEnum:
+    """What early releases of Python 3.11 write down for a member of an enumeration: getattr(enumeration, name)."""
+    if enumeration is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"{name!r} of {enumeration!r} does not belong into a checkpoint")
+    return ZeroStageEnum[name]
+
+
+# The built-in itself would open a way to everything that can be reached from the classes above.
+CHECKPOINT_CLASSES += [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed calls collectives by names that torch is about to retire, several times a step.

@@ -16,7 +16,7 @@ import torch
 
 from ds_tokimg import checkpoint, elastic
 from ds_tokimg.config import UserError
-from ds_tokimg.engine import read_engine_file
+from ds_tokimg.engine import ZeroStageEnum, fragment_address, read_engine_file
 from ds_tokimg.ranks import TrainingError
 from tests.distributed import full_state, run_ranks, start_ranks, tiny_engine, train
 
@@ -347,6 +347,27 @@ def test_conversion_needs_room_and_permission(run_folder, tmp_path):
 class _Malicious:
     def __reduce__(self):
         return os.mkdir, ("/tmp/ds_tokimg_was_here",)
+
+
+class _AsGetattr:
+    """Pickled as getattr(owner, name)."""
+
+    def __init__(self, owner, name):
+        self.pair = (owner, name)
+
+    def __reduce__(self):
+        return getattr, self.pair
+
+
+def test_files_of_an_early_python_3_11_are_read(tmp_path):
+    """It wrote members of enumerations as getattr, which would reach far if it were allowed as such."""
+    path = tmp_path / "file.pt"
+    torch.save({"zero_stage": _AsGetattr(ZeroStageEnum, "weights")}, path)
+    assert read_engine_file(path) == {"zero_stage": ZeroStageEnum.weights}
+    for owner, name in ((ZeroStageEnum, "__init__"), (ZeroStageEnum, "mro"), (fragment_address, "__init__")):
+        torch.save({"zero_stage": _AsGetattr(owner, name)}, path)
+        with pytest.raises(pickle.UnpicklingError, match="does not belong into a checkpoint"):
+            read_engine_file(path)
 
 
 def _load_malicious(dist, folder):
