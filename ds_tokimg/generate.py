@@ -55,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="default: %(default)s")
     add(
+        "--eta",
+        type=float,
+        default=defaults.eta,
+        metavar="X",
+        help="noise that ancestral replaces (default: %(default)s)",
+    )
+    add(
         "--block_size",
         type=int,
         metavar="N",
@@ -98,6 +105,7 @@ def _options(arguments, trained_block_size: int) -> SamplingOptions:
             guidance_scale=arguments.guidance_scale,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
+            eta=arguments.eta,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

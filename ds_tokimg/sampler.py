@@ -3,9 +3,10 @@
 With noisy = alpha clean + sigma noise the probability-flow step from t to s < t, given a prediction of clean, is
 z_s = (sigma_s / sigma_t) z + (alpha_s - alpha_t sigma_s / sigma_t) clean_pred: Euler in sigma, exact while the
 prediction stays the same. `heun` corrects it with the prediction at s (Karras et al., "Elucidating the design
-space", 2022, algorithm 1). `ancestral` draws clean from the predicted posterior, token by token, and z_s from
-q(z_s | z_t, clean) (Ho et al. 2020, eq. 6): a walk that ends with the right distribution as steps become small, and
-unlike the flow forgets its mistakes. States are float64.
+space", 2022, algorithm 1). `ancestral` draws clean from the predicted posterior, token by token, and then z_s with
+fresh noise for a part of the old, more of it the larger eta (Song et al., "Denoising diffusion implicit models",
+2021, eqs. 12 and 16; eta 1: from q(z_s | z_t, clean), Ho et al. 2020, eq. 6): a walk that ends with the right
+distribution as steps become small, and unlike the flow forgets its mistakes. States are float64.
 
 All patches lose their noise together, or, with a block size, one block of patches after another, from left to right:
 what was written before is then read once and remembered.
@@ -14,8 +15,10 @@ what was written before is then read once and remembered.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -44,7 +47,9 @@ class SamplingOptions:
         from a posterior over tokens: the first one is already the right one.
     block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
     guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
-    Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
+        Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
+    eta: how much of the noise `ancestral` replaces in a step, as a multiple of what q(z_s | z_t, clean) does; at most
+        all of it. The others replace none.
     """
 
     steps: int | None = None
@@ -53,12 +58,15 @@ class SamplingOptions:
     guidance_scale: float = 1.0
     seed: int = 0
     batch_size: int = 64
+    eta: float = 2.0
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
         if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
             raise ValueError("steps and batch_size must be at least 1")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta is {self.eta}; it must be 0 (no noise is replaced) or more")
         if self.block_size < 0:
             raise ValueError("block_size must be 0 (the whole image at once) or more")
 
@@ -202,7 +210,8 @@ class _Walk:
     def _denoise(self) -> tuple[Tensor, Tensor]:
         """From noise to tokens: ids [B, N, K], and bool [B, N, K], the colour is no token."""
         grid = timestep_grid(self.model.codec.radix, self._num_steps())
-        step: Callable = {"euler": self._euler, "heun": self._heun, "ancestral": self._ancestral}[self.options.sampler]
+        ancestral = partial(self._ancestral, eta=self.options.eta)
+        step: Callable = {"euler": self._euler, "heun": self._heun, "ancestral": ancestral}[self.options.sampler]
         z = self._normal()
         for t, s in pairwise(grid[:-1].tolist()):
             z = step(z, t, s)
@@ -278,13 +287,13 @@ class _Walk:
         there = self._predict(self._euler(z, t, s, here), s).clean.double()
         return self._euler(z, t, s, 0.5 * (here + there))
 
-    def _ancestral(self, z: Tensor, t: float, s: float) -> Tensor:
+    def _ancestral(self, z: Tensor, t: float, s: float, eta: float = 1.0) -> Tensor:
         clean = self._draw(self._predict(z, t)).double()
         alpha_t, sigma_t, alpha_s, sigma_s = 1 - t / 1000, t / 1000, 1 - s / 1000, s / 1000
-        ratio = alpha_t / alpha_s
-        variance = sigma_t**2 - ratio**2 * sigma_s**2  # of q(z_t | z_s)
-        mean = (ratio * sigma_s**2 * z + alpha_s * variance * clean) / sigma_t**2
-        return mean + (sigma_s**2 * variance / sigma_t**2) ** 0.5 * self._normal()
+        old = (z - alpha_t * clean) / sigma_t
+        # The deviation of q(z_s | z_t, clean) is sigma_s times this root.
+        fresh = min(1.0, eta * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2) ** 0.5)
+        return alpha_s * clean + sigma_s * ((1 - fresh**2) ** 0.5 * old + fresh * self._normal())
 
     def _draw(self, prediction: Prediction) -> Tensor:
         """Clean patches drawn from the posterior (the mean itself for the linear head, which has no posterior)."""

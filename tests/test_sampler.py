@@ -44,6 +44,14 @@ def test_texts_come_with_their_frequencies(sampler, vocab_size, length, patch_si
     assert chi_square_p(rows, source) > 1e-3 and invalid == 0
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0, 4.0])
+def test_frequencies_do_not_depend_on_how_much_noise_is_replaced(eta):
+    source = correlated_texts(4, 2)
+    model = ExactModel(TokenCodec(4), source)
+    rows, _ = sample(model, [2] * 1500, SamplingOptions(steps=96, eta=eta, batch_size=1500))
+    assert chi_square_p(rows, source) > 1e-3
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_texts_from_left_to_right_come_with_their_frequencies(sampler, block_size):
@@ -131,7 +139,12 @@ def test_euler_is_exact_while_the_prediction_stays():
     torch.testing.assert_close(moved, 0.75 * clean + 0.25 * noise)
 
 
-def test_ancestral_step_keeps_the_noising_path():
+@pytest.mark.parametrize(
+    # Of noise that is kept: all; as much as z_t shares with z_s when it is z_s, scaled down, plus noise; less; none.
+    ("eta", "kept"),
+    [(0.0, 1.0), (1.0, 2 / 7), (1.02, (1 - 1.02**2 * 45 / 49) ** 0.5), (5.0, 0.0)],
+)
+def test_ancestral_step_keeps_the_noising_path(eta, kept):
     """From q(z_t | clean) to q(z_s | clean): mean and deviation of the path, and the right correlation of the two."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.full((400_000,), 0.6).double()
@@ -140,11 +153,11 @@ def test_ancestral_step_keeps_the_noising_path():
     walk._normal = lambda: torch.randn(clean.shape, generator=generator, dtype=torch.float64)
     alpha, sigma = 0.3, 0.7
     z = alpha * clean + sigma * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-    moved = walk._ancestral(z, 700.0, 400.0)
+    moved = walk._ancestral(z, 700.0, 400.0, eta)
     assert float(moved.mean()) == pytest.approx(0.6 * 0.6, abs=4 * 0.4 / 632)
     assert float(moved.std()) == pytest.approx(0.4, rel=0.01)
     covariance = float(torch.cov(torch.stack([z, moved]))[0, 1])
-    assert covariance == pytest.approx(alpha / 0.6 * 0.4**2, rel=0.02)  # z_t is z_s, scaled down, plus noise
+    assert covariance == pytest.approx(kept * 0.7 * 0.4, abs=4 * 0.7 * 0.4 / 632)
 
 
 @pytest.mark.parametrize("radix", [2, 54])
@@ -378,6 +391,8 @@ def test_colours_of_no_token_are_counted_in_the_texts_only():
         ({"sampler": "ddim"}, "unknown sampler 'ddim'; available: ancestral, euler, heun"),
         ({"steps": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
+        ({"eta": -0.5}, "eta is -0.5"),
+        ({"eta": float("nan")}, "eta is nan"),
     ],
 )
 def test_wrong_options(options, message):
