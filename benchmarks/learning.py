@@ -115,7 +115,8 @@ class Ours:
             asked = _parameters(blocks[-1].attention.qkv) / _parameters(blocks[-1])
             computed *= (len(blocks) - 1 + asked + len(blocks[self.module.model.entry :])) / len(blocks)
         if self.module.model.neighbours is not None:
-            computed += batch["ids"].numel() * _parameters(self.module.model.neighbours) / _parameters(blocks)
+            per_token = _parameters(self.module.model.neighbours) + _parameters(self.module.model.token_mlp)
+            computed += batch["ids"].numel() * per_token / _parameters(blocks)
         if "self_condition" in batch:
             computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed

@@ -63,7 +63,10 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
         flops += 4 * samples * asking * inside * model.config.width * hidden
     flops += linear(model.final.modulation, levels)
     if model.neighbours is not None:
-        flops += linear(model.neighbours.output, samples * patches * slots, hidden if learned_input else data)
+        for layer in (model.neighbours.output, model.token_mlp.own):
+            flops += linear(layer, samples * patches * slots, hidden if learned_input else data)
+        for layer in (model.token_mlp.mlp.gate_up, model.token_mlp.mlp.down):
+            flops += linear(layer, samples * patches * slots)
     if not learned_input:
         return flops + linear(model.head.output, samples * patches)
     if isinstance(model.head.to_tokens, nn.Linear):

@@ -139,6 +139,31 @@ class Neighbours(nn.Module):
         return self._after(tokens, before)[:, self.reach + distance : distance]
 
 
+class TokenMLP(nn.Module):
+    """What follows for a token from its own features and all that was heard of it, added to its output.
+
+    Args:
+        features, outputs: numbers of a token, in and out.
+        slots: tokens of a patch.
+    """
+
+    def __init__(self, features: int, outputs: int, slots: int):
+        super().__init__()
+        self.own = nn.Linear(features, outputs, bias=False)
+        self.norm = RMSNorm(outputs)
+        # Half as wide as a block's, for every token has to pay for it; where more than four share a patch, narrower,
+        # or they would cost a small model more than its blocks.
+        self.mlp = SwiGLU(outputs, 64 * max(1, round(outputs * 16 / 3 / max(4, slots) / 64)))
+        nn.init.zeros_(self.mlp.down.weight)
+        nn.init.zeros_(self.mlp.down.bias)
+        for parameter in self.mlp.parameters():
+            parameter.hidden_matrix = parameter.ndim == 2  # see `ds_tokimg.muon`
+
+    def forward(self, output: Tensor, tokens: Tensor) -> Tensor:
+        """output [B, L, outputs], tokens [B, L, features] -> [B, L, outputs]."""
+        return output + self.mlp(self.norm(output.to(tokens.dtype) + self.own(tokens)))
+
+
 class SwiGLU(nn.Module):
     """Shazeer, "GLU variants improve transformer" (2020)."""
 

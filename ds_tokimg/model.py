@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.heads import DigitHead, LinearHead, TokenHead, TreeHead, cross_entropy
-from ds_tokimg.layers import Block, FinalLayer, Neighbours, RMSNorm, TimestepEmbedding, rope_frequencies
+from ds_tokimg.layers import Block, FinalLayer, Neighbours, RMSNorm, TimestepEmbedding, TokenMLP, rope_frequencies
 from ds_tokimg.segments import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 
 #                 depth, width, heads
@@ -148,9 +148,11 @@ class JiT(nn.Module):
             self.read_norm = RMSNorm(config.width)
             self.read_embed = nn.Linear(config.width, config.width, bias=False)
         self.final = FinalLayer(config.width)
-        self.neighbours = None
+        self.neighbours = self.token_mlp = None
         if self.config.neighbours:
-            self.neighbours = Neighbours(self.config.neighbours, self.head.features // self.slots, self.head.outputs)
+            features, outputs = self.head.features // self.slots, self.head.outputs
+            self.neighbours = Neighbours(self.config.neighbours, features, outputs)
+            self.token_mlp = TokenMLP(features, outputs, self.slots)
         nn.init.zeros_(self.segment_embed.weight)
 
     # ---- construction and files ----
@@ -312,7 +314,7 @@ class JiT(nn.Module):
         if self.neighbours is not None:
             clean = context and (segments[-1].tokens, blocks.repeat_interleave(self.slots))
             near = self.neighbours(tokens, memory and memory.tokens, clean)
-            output = output + near.view(output.shape)
+            output = self.token_mlp(output.view(near.shape) + near, tokens).view(output.shape)
         return Prediction(self.head, output, evidence)
 
     def remember(self, memory: Memory | None, patches: Tensor, slot_mask: Tensor, positions: Tensor | None) -> Memory:
