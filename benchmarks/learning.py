@@ -180,7 +180,8 @@ def print_table() -> None:
     for row in sorted(rows, key=lambda row: (row["corpus"], row["positions"], min(_bits_per_byte(row)))):
         curves = [autoregressive_curve(rows, row["corpus"], system) for system in references]
         for path, figures in row["bits"].items():
-            cells = [row["corpus"], row["system"], _settings(row), row["seed"], row["batch"]]
+            settings = _settings(row) + (f" ({row['note']})" if row.get("note") else "")
+            cells = [row["corpus"], row["system"], settings.strip(), row["seed"], row["batch"]]
             cells += [f"{row['positions'] / 1e6:.2f} M", f"{row['tokens'] / 1e6:.2f} M", f"{row['seconds']:.0f}"]
             cells += [f"blocks of {path}" if path != "0" else "plain"]
             cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]

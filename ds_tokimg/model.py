@@ -5,8 +5,9 @@ RoPE, qk-norm, adaLN-Zero. Changes: the modulation is computed once and shared b
 learned offset (adaLN-single, Chen et al., PixArt-alpha, 2023), because a noise level of its own for every patch would
 otherwise cost half as much again as the blocks themselves; the patch embedding has no bottleneck, through which the
 tokens of a patch can hardly be told apart; every patch shows the one before it; tokens that share a patch also hear
-those next to them without going through its hidden state (`neighbours`); and from left to right noisy patches may enter
-late (`noisy_depth`), with what the transformer has already made of the clean ones before them.
+those next to them without going through its hidden state (`neighbours`), and have an MLP of their own; and from left to
+right noisy patches may enter late (`noisy_depth`), with what the transformer has already made of the clean ones before
+them.
 """
 
 from __future__ import annotations

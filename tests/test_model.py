@@ -9,7 +9,7 @@ from torch.distributions import Normal
 
 from ds_tokimg.codec import TokenCodec
 from ds_tokimg.diffusion import TimestepSampler, add_noise_to_timestep
-from ds_tokimg.layers import Neighbours, rotate
+from ds_tokimg.layers import Neighbours, TokenMLP, rotate
 from ds_tokimg.model import JiT, JiTConfig, config_of_name, model_names
 from tests.tiny import tiny_model
 
@@ -289,6 +289,21 @@ def test_a_token_hears_those_next_to_it():
         return (tokens if blocks[j] == blocks[i] else clean)[:, j]
 
     torch.testing.assert_close(neighbours(tokens, context=(clean, blocks)), expected(in_blocks))
+
+
+def test_the_mlp_of_a_token_says_more_than_a_sum():
+    """Nothing at first; then what an output adds depends on the token's own features, and on no other token."""
+    mlp = TokenMLP(features=3, outputs=6, slots=4)
+    outputs, tokens = torch.randn(2, 5, 6), torch.randn(2, 5, 3)
+    assert torch.equal(mlp(outputs, tokens), outputs)
+    nn.init.normal_(mlp.mlp.down.weight)
+    same, other = mlp(outputs, tokens) - outputs, mlp(outputs, tokens + torch.eye(5)[:, :1]) - outputs
+    assert ((same != other).any(-1) == (torch.arange(5) == 0)).all()
+
+
+@pytest.mark.parametrize(("slots", "hidden"), [(1, 256), (4, 256), (16, 64), (64, 64)])
+def test_many_tokens_of_a_patch_share_the_units_of_their_mlps(slots, hidden):
+    assert TokenMLP(192, 192, slots).mlp.down.in_features == hidden
 
 
 @pytest.mark.parametrize("before", [None, torch.randn(1, 3, 4)])
