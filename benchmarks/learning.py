@@ -121,8 +121,8 @@ class Ours:
             computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed
 
-    def write(self, count: int, length: int, steps: int | None) -> list[list[int]]:
-        options = SamplingOptions(steps=steps, block_size=self.block_sizes[0])
+    def write(self, count: int, length: int, steps: int | None, eta: float) -> list[list[int]]:
+        options = SamplingOptions(steps=steps, block_size=self.block_sizes[0], eta=eta)
         return sample(self.module.model, [length] * count, options)[0]
 
     def bits(self, block_size: int, levels: int, one_step: bool = False) -> dict:
@@ -157,7 +157,7 @@ class Reference:
         ids, mask = self.batch(self.parts.train_set, indices)
         return self.module.loss_of(ids, mask).sum() / mask.sum(), ids.numel()
 
-    def write(self, count: int, length: int, steps: None) -> list[list[int]]:
+    def write(self, count: int, length: int, steps: None, eta: float) -> list[list[int]]:
         return self.module.sample(count, length, seed=0).tolist()
 
     def bits(self, block_size: int, levels: int) -> dict:
@@ -310,7 +310,7 @@ def write_texts(system, arguments) -> None:
     for steps in arguments.steps or [None]:
         begun = time.perf_counter()
         name = arguments.system if steps is None else f"{arguments.system}, {steps} steps"
-        save(name, system.write(arguments.texts, RECIPE["max_tokens"], steps))
+        save(name, system.write(arguments.texts, RECIPE["max_tokens"], steps, arguments.eta))
         print(f"{name}: {arguments.texts} texts in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
@@ -333,6 +333,7 @@ def main() -> None:
     add("--write", metavar="DIR", help="write texts of the trained system there, for text.py")
     add("--texts", type=int, default=200, help="how many")
     add("--steps", type=int, nargs="*", help="sampling steps, one file each (default: as many as `generate` takes)")
+    add("--eta", type=float, default=SamplingOptions.eta, help="noise that the sampler replaces (default: %(default)s)")
     add("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
     if arguments.table:
