@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 32], help="numbers of sampling steps")
     parser.add_argument("--samplers", nargs="*", default=["ancestral"])
     parser.add_argument("--guidance", nargs="*", default=["1"], help="guidance scales")
+    parser.add_argument("--eta", nargs="*", default=["3"], help="how much noise the sampler replaces")
     arguments, flags = parser.parse_known_args()
     train, held_out = problems()
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,10 +68,20 @@ def main() -> None:
         data += ["--eval_data_path", str(write(folder / "held_out.jsonl", held_out))]
         output = folder / "run"
         seconds = run("train", *data, "--output_dir", str(output), *RECIPE, *flags)
-        for sampler, steps, scale in itertools.product(arguments.samplers, arguments.steps, arguments.guidance):
-            options = ["--sampler", sampler, "--num_inference_steps", str(steps), "--guidance_scale", scale]
+        choices = (arguments.samplers, arguments.steps, arguments.guidance, arguments.eta)
+        for sampler, steps, scale, eta in itertools.product(*choices):
+            options = [
+                "--sampler",
+                sampler,
+                "--num_inference_steps",
+                str(steps),
+                "--guidance_scale",
+                scale,
+                "--eta",
+                eta,
+            ]
             share = exact_match(output, folder, held_out, options)
-            cells = [" ".join(flags), f"{seconds:.0f}", sampler, steps, scale, f"{100 * share:.1f} %"]
+            cells = [" ".join(flags), f"{seconds:.0f}", sampler, steps, scale, eta, f"{100 * share:.1f} %"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

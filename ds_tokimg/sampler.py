@@ -58,7 +58,7 @@ class SamplingOptions:
     guidance_scale: float = 1.0
     seed: int = 0
     batch_size: int = 64
-    eta: float = 2.0
+    eta: float = 3.0
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
