@@ -156,8 +156,6 @@ class TokenMLP(nn.Module):
         self.mlp = SwiGLU(outputs, 64 * max(1, round(outputs * 16 / 3 / max(4, slots) / 64)))
         nn.init.zeros_(self.mlp.down.weight)
         nn.init.zeros_(self.mlp.down.bias)
-        for parameter in self.mlp.parameters():
-            parameter.hidden_matrix = parameter.ndim == 2  # see `ds_tokimg.muon`
 
     def forward(self, output: Tensor, tokens: Tensor) -> Tensor:
         """output [B, L, outputs], tokens [B, L, features] -> [B, L, outputs]."""
