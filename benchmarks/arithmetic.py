@@ -17,6 +17,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ds_tokimg.sampler import SamplingOptions  # noqa: E402
+
 # Bytes are the tokens, one a patch; an answer is up to three digits and the end of the text.
 RECIPE = ["--model", "JiT-XS/2", "--token_size", "2", "--vocab_size", "257", "--max_tokens", "16"]
 RECIPE += ["--enable_condition", "--no_packing", "--epochs", "20", "--train_batch_size", "128", "--lr", "3e-3"]
@@ -59,7 +63,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 32], help="numbers of sampling steps")
     parser.add_argument("--samplers", nargs="*", default=["ancestral"])
     parser.add_argument("--guidance", nargs="*", default=["1"], help="guidance scales")
-    parser.add_argument("--eta", nargs="*", default=["3"], help="how much noise the sampler replaces")
+    parser.add_argument(
+        "--eta", nargs="*", default=[str(SamplingOptions.eta)], help="how much noise the sampler replaces"
+    )
     arguments, flags = parser.parse_known_args()
     train, held_out = problems()
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,16 +76,8 @@ def main() -> None:
         seconds = run("train", *data, "--output_dir", str(output), *RECIPE, *flags)
         choices = (arguments.samplers, arguments.steps, arguments.guidance, arguments.eta)
         for sampler, steps, scale, eta in itertools.product(*choices):
-            options = [
-                "--sampler",
-                sampler,
-                "--num_inference_steps",
-                str(steps),
-                "--guidance_scale",
-                scale,
-                "--eta",
-                eta,
-            ]
+            options = ["--sampler", sampler, "--num_inference_steps", str(steps)]
+            options += ["--guidance_scale", scale, "--eta", eta]
             share = exact_match(output, folder, held_out, options)
             cells = [" ".join(flags), f"{seconds:.0f}", sampler, steps, scale, eta, f"{100 * share:.1f} %"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)

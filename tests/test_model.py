@@ -291,7 +291,7 @@ def test_a_token_hears_those_next_to_it():
     torch.testing.assert_close(neighbours(tokens, context=(clean, blocks)), expected(in_blocks))
 
 
-def test_the_mlp_of_a_token_says_more_than_a_sum():
+def test_the_mlp_of_a_token_hears_that_token_alone():
     """Nothing at first; then what an output adds depends on the token's own features, and on no other token."""
     mlp = TokenMLP(features=3, outputs=6, slots=4)
     outputs, tokens = torch.randn(2, 5, 6), torch.randn(2, 5, 3)
