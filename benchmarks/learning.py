@@ -125,7 +125,7 @@ class Ours:
         options = SamplingOptions(steps=steps, block_size=self.block_sizes[0], eta=eta)
         return sample(self.module.model, [length] * count, options)[0]
 
-    def bits(self, block_size: int, levels: int, one_step: bool = False) -> dict:
+    def bits(self, block_size: int, levels: int, one_step: bool = False, in_turn: bool = False) -> dict:
         bound = bound_of(
             self.module,
             self.parts.text_format,
@@ -134,6 +134,7 @@ class Ours:
             num_levels=levels,
             block_size=block_size,
             one_step=one_step,
+            in_turn=in_turn,
         )
         return {"bits_per_token": bound.bits_per_token, "bits_per_byte": bound.bits_per_byte}
 
@@ -350,11 +351,15 @@ def main() -> None:
     paths = arguments.paths or getattr(system, "block_sizes", [0])
     row["bits"] = {}
     for path in paths:
-        head = system.module.model.head if isinstance(system, Ours) else None
-        if draws_in_one_step(head, path):
-            row["bits"][f"{path}, one step"] = system.bits(path, arguments.levels, one_step=True)
+        model = system.module.model if isinstance(system, Ours) else None
+        in_turn = model is not None and model.config.in_turn
+        one_step = model is not None and draws_in_one_step(model.head, path, in_turn)
+        if one_step:
+            row["bits"][f"{path}, one step"] = system.bits(path, arguments.levels, True, in_turn)
+        elif in_turn:
+            row["bits"][f"{path}, in turn"] = system.bits(path, arguments.levels, in_turn=True)
         # Of a tree many small steps would cost a softmax at each of them.
-        if not (isinstance(head, TreeHead) and draws_in_one_step(head, path)):
+        if not (one_step and isinstance(model.head, TreeHead)):
             row["bits"][path] = system.bits(path, arguments.levels)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")

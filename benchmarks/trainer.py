@@ -21,6 +21,7 @@ from ds_tokimg.config import TrainConfig
 from ds_tokimg.engine import TrainEngine, init_distributed, machine_capabilities
 from ds_tokimg.loss import TrainingLoss
 from ds_tokimg.model import JiT
+from ds_tokimg.setup import in_turn_share
 
 
 class Texts:
@@ -56,7 +57,7 @@ def module_of(config: TrainConfig) -> TrainingLoss:
     torch.manual_seed(0)
     codec = TokenCodec(config.vocab_size, config.token_size)
     options = {"activation_checkpointing": config.activation_checkpointing, "posterior": config.posterior}
-    model = JiT.from_name(config.model, codec, config.img_size, **options)
+    model = JiT.from_name(config.model, codec, config.img_size, in_turn=None, **options)
     return TrainingLoss(model, config.objective, config.timesteps)
 
 
@@ -69,7 +70,8 @@ def engine_of(config: TrainConfig, **blocks) -> TrainEngine:
 def maker_of(module: TrainingLoss, config: TrainConfig) -> BatchMaker:
     model = module.model
     layout = PatchLayout(model.codec, model.config.img_size, model.config.patch_size, model.config.layout)
-    return BatchMaker(layout, module.timesteps, config.seed, patch_noise=config.patch_noise)
+    in_turn = in_turn_share(config, model)
+    return BatchMaker(layout, module.timesteps, config.seed, patch_noise=config.patch_noise, in_turn=in_turn)
 
 
 def batch_of(module: TrainingLoss, config: TrainConfig, lengths: Sequence[int]) -> dict[str, torch.Tensor]:

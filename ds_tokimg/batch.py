@@ -86,6 +86,12 @@ def stagger(patches: int, block_size: int) -> np.ndarray:
     return np.arange(patches)[None] // block_size * 0.7548776662466927
 
 
+def _share_of(positions, share: float) -> np.ndarray:
+    """A share of the places in an epoch, evenly spread: bool."""
+    places = np.asarray(positions)
+    return np.floor((places + 1) * share) > np.floor(places * share)
+
+
 class BatchMaker:
     """Indices of a micro-batch -> the tensors that `TrainingLoss` takes.
 
@@ -94,6 +100,7 @@ class BatchMaker:
         block_size: patches that have a noise level in common and see the clean ones before them; 0: the whole image.
         condition_drop: probability that a sample's condition is hidden; None when the model has no conditions.
         self_conditioning: probability that a sample sees the model's own first prediction.
+        in_turn: share of the samples in which the tokens of a patch are predicted in turn (`JiT.predict`).
         canvas: with conditions, the largest number of patches an answer is generated on. An answer is filled up with
             `eos_id` to the end of its last patch, and in every second sample on average further, up to a random
             number of patches: when generating, nobody knows how long the answer will be.
@@ -110,6 +117,7 @@ class BatchMaker:
         block_size: int = 0,
         canvas: int = 0,
         eos_id: int = 0,
+        in_turn: float = 0.0,
     ):
         self.layout, self.timesteps, self.seed = layout, timesteps, seed
         self.patch_noise, self.condition_drop, self.self_conditioning = (
@@ -117,7 +125,7 @@ class BatchMaker:
             condition_drop,
             self_conditioning,
         )
-        self.block_size, self.canvas, self.eos_id = block_size, canvas, eos_id
+        self.block_size, self.canvas, self.eos_id, self.in_turn = block_size, canvas, eos_id, in_turn
 
     def __call__(self, dataset, indices, positions, epoch: int) -> dict[str, Tensor]:
         """`indices`: samples of the dataset; `positions`: their places in the epoch's order. Both may be empty."""
@@ -129,6 +137,8 @@ class BatchMaker:
         batch["noise"] = self._noise(indices, epoch, patches, ids.shape[1])
         if self.block_size:
             batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
+        if self.in_turn:
+            batch["in_turn"] = torch.from_numpy(_share_of(positions if len(indices) else [0], self.in_turn))
         if self.condition_drop is not None:
             prompts = [self._prompt(dataset, epoch, int(i)) for i in indices]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts or [np.zeros(0, np.int64)])
@@ -157,9 +167,7 @@ class BatchMaker:
         if not self.patch_noise and not self.block_size:
             return self.timesteps(torch.from_numpy(u))
         per_patch = np.repeat((u[:, None] + stagger(width, self.block_size)) % 1.0, 1 if self.block_size else width, 1)
-        places = np.asarray(positions)
-        chosen = np.floor((places + 1) * self.patch_noise) > np.floor(places * self.patch_noise)
-        for row in np.flatnonzero(chosen):
+        for row in np.flatnonzero(_share_of(positions, self.patch_noise)):
             draw = generator(self.seed, Stream.TIMESTEP, epoch, int(indices[row]))
             per_patch[row, : patches[row]] = draw.random(int(patches[row]))
         return self.timesteps(torch.from_numpy(per_patch))

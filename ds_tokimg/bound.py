@@ -11,7 +11,9 @@ The integral is estimated on stratified noise levels with fixed noise per sample
 noising path is another scaling of the same process: SNR and clean_pred, hence the bound, do not depend on it.
 
 That is the bound of sampling in many small steps. Of a single step, from pure noise straight to the tokens, it is the
-last two terms, both at the noise level where sampling starts (the same theory, eq. 11 with T = 1).
+last two terms, both at the noise level where sampling starts (the same theory, eq. 11 with T = 1). Where the tokens of
+a patch are drawn in turn, the integral ends at the level where they are, and the decoding term is their cross-entropy
+there, each given those drawn before it (the chain rule).
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ from ds_tokimg.diffusion import (
 from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.rng import Stream, generator, low_discrepancy
 
+# Tokens that are drawn in turn are drawn after this share of what a reader without context learns on the way from noise
+# to image: from then on, what the network loses at every level costs more than what only the noise can tell a patch's
+# first tokens.
+DRAWN_SHARE = 0.4
 # Noise levels a text is evaluated at, in training and by `evaluate`.
 DEFAULT_LEVELS = 8
 # The share of correctly read tokens is reported between these timesteps.
@@ -72,6 +78,11 @@ class NoiseLevels:
         value = self.grid[cell] + (u - self._cumulative[cell]) / self._density[cell]
         return value, self._density[cell]
 
+    @property
+    def drawn_at(self) -> float:
+        """The log-SNR at which tokens are drawn in turn."""
+        return float(self.quantile(np.array(DRAWN_SHARE))[0])
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -80,7 +91,8 @@ class Bound:
     nats: np.ndarray  # [samples] bound on -log p of each text
     tokens: np.ndarray  # [samples] valid tokens
     num_bytes: int  # UTF-8 bytes of the texts
-    loss: float  # the objective on the same texts, per valid pixel, over the trained noise levels within the integral
+    loss: float  # the objective on the same texts, per valid pixel, over the trained noise levels within the integral;
+    # where tokens are drawn in turn, its average over those before they are
     token_accuracy: float  # share of tokens read correctly, averaged over the noise levels of the integral
     accuracy_per_level: dict[str, float]  # the same by timestep, "t0-100" …
     invalid_token_rate: float  # share of predictions whose colour is no token
@@ -130,6 +142,7 @@ def estimate_bound(
     self_conditioning: bool = False,
     block_size: int = 0,
     one_step: bool = False,
+    in_turn: bool = False,
     canvas: int = 0,
     eos_id: int = 0,
     patches_per_batch: int = 1024,
@@ -150,6 +163,8 @@ def estimate_bound(
             many patches do so one after another, each seeing the clean ones before it.
         one_step: every block is drawn in one step from pure noise, instead of many small ones. An upper bound for any
             model with a posterior; tight where the tokens of a block do not depend on each other, so for one alone.
+        in_turn: many small steps end at the level `NoiseLevels.drawn_at`, where the tokens of a patch are drawn one
+            after another; with `one_step` they are drawn so in this step.
         canvas: patches that a conditional answer is filled up to (the model does not know its length).
         patches_per_batch: size of the batches that are evaluated.
         rank, world_size, all_reduce: texts are dealt over the ranks; all_reduce sums a float64 tensor over them.
@@ -158,8 +173,13 @@ def estimate_bound(
     """
     if not len(dataset):
         raise ValueError("there are no validation texts to bound")
-    batches = _ValidationBatches(dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, one_step)
     levels = noise_levels(layout.codec.radix)
+    # Where tokens are drawn from what the network says of them, and how much of the path lies before.
+    drawn_at = LOG_SNR_START if one_step else levels.drawn_at if in_turn else None
+    share, trained = 1.0, 1.0
+    if in_turn and not one_step:
+        share, trained = DRAWN_SHARE, _trained_before(drawn_at, timesteps)
+    batches = _ValidationBatches(dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, drawn_at)
     sums = torch.zeros(len(dataset), 3, dtype=torch.float64)  # nats, objective, valid pixels
     by_level = torch.zeros(len(ACCURACY_BINS) - 1, 3, dtype=torch.float64)  # correct, invalid, tokens
     groups = batches.groups(patches_per_batch)
@@ -168,19 +188,30 @@ def estimate_bound(
     mine = [groups[i] if i < len(groups) else np.zeros(0, int) for i in range(rank, rounds * world_size, world_size)]
     for indices in mine:
         for level in range(num_levels):
-            log_snr, density = levels.quantile((level + batches.offsets(indices, block_size)) / num_levels)
+            log_snr, density = levels.quantile(share * (level + batches.offsets(indices, block_size)) / num_levels)
             batch = batches.make(indices, torch.from_numpy(log_snr), level, block_size)
             result = _measure(forward, batch, device)
             if len(indices):
-                _add(sums, by_level, indices, batch, result, log_snr, density * num_levels, timesteps)
-        if one_step:
-            log_snr = torch.full((len(indices), 1), LOG_SNR_START, dtype=torch.float64)
+                _add(sums, by_level, indices, batch, result, log_snr, density / share * num_levels, timesteps)
+        if drawn_at is not None:
+            log_snr = torch.full((len(indices), 1), drawn_at, dtype=torch.float64)
             batch = batches.make(indices, log_snr, num_levels, block_size)
-            batch.pop("self_condition", None)  # nothing has been predicted before a first step
+            if one_step:  # nothing has been predicted before a first step, and there are no others
+                batch.pop("self_condition", None)
+                sums[torch.from_numpy(indices), 0] = 0
+            if in_turn:
+                batch["in_turn"] = torch.ones(len(batch["ids"]), dtype=torch.bool)
             nats = _measure(forward, batch, device)["nats"]
-            sums[torch.from_numpy(indices), 0] = nats.sum(1)[: len(indices)]
+            sums[torch.from_numpy(indices), 0] += nats.sum(1)[: len(indices)]
     sums, by_level = all_reduce(sums), all_reduce(by_level)
+    sums[:, 1] /= trained
     return _summary(sums, by_level, batches, layout, dataset, num_levels)
+
+
+def _trained_before(log_snr: float, timesteps) -> float:
+    """The share of the noise levels in training that lie before this one, within the integral."""
+    grid = torch.linspace(LOG_SNR_MIN, log_snr, 513, dtype=torch.float64)
+    return float(torch.trapezoid(timesteps.density(timestep_of_log_snr(grid)).double(), grid))
 
 
 @torch.no_grad()
@@ -225,10 +256,10 @@ def _summary(sums, by_level, batches, layout, dataset, num_levels) -> Bound:
 class _ValidationBatches:
     """The texts as batches of similar length with fixed noise."""
 
-    def __init__(self, dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, one_step):
+    def __init__(self, dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, drawn_at):
         self.dataset, self.layout, self.seed = dataset, layout, seed
         self.conditional, self.self_conditioning = conditional, self_conditioning
-        self.canvas, self.eos_id, self.one_step = canvas, eos_id, one_step
+        self.canvas, self.eos_id, self.drawn_at = canvas, eos_id, drawn_at
         lengths = [self.scored_tokens(i) for i in range(len(dataset))]
         self.patches = np.asarray(layout.num_patches(lengths))
 
@@ -249,9 +280,9 @@ class _ValidationBatches:
         """The terms of the bound that need no network."""
         codec = self.layout.codec
         colours = codec.codebook[torch.from_numpy(self.ids(index))]
-        if self.one_step:
-            return float(prior_nats(colours, LOG_SNR_START).sum())
-        return float(prior_nats(colours).sum()) + colours.numel() * decoding_nats()
+        if self.drawn_at is None:
+            return float(prior_nats(colours).sum()) + colours.numel() * decoding_nats()
+        return float(prior_nats(colours, min(self.drawn_at, LOG_SNR_MIN)).sum())
 
     def groups(self, patches_per_batch: int) -> list[np.ndarray]:
         """Indices of texts, similar lengths together, at most `patches_per_batch` patches (but at least a text)."""
@@ -321,7 +352,7 @@ def bits_per_token(
 
     config = model.config
     layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
-    one_step = draws_in_one_step(model.head, block_size)
+    one_step = draws_in_one_step(model.head, block_size, config.in_turn)
     module = TrainingLoss(model, "ce" if model.head.features else "mse")
     was_training = model.training
     model.eval()
@@ -335,6 +366,7 @@ def bits_per_token(
         conditional=prompts is not None,
         block_size=block_size,
         one_step=one_step,
+        in_turn=config.in_turn,
         self_conditioning=config.self_conditioning,
         device=next(model.parameters()).device,
     )

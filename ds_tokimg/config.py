@@ -98,6 +98,11 @@ class TrainConfig:
     block_size: int = _objective(0, "patches that lose their noise together, from left to right; 0: the whole image")
     noisy_depth: int = _objective(0, "blocks, the last ones, that noisy patches go through from left to right; 0: all")
     patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
+    in_turn: float | None = _objective(
+        None,
+        "share of a batch whose patches' tokens are predicted one after another (not given: half, or all with noisy "
+        "timesteps and blocks of one patch; none where a patch holds one token or digits are predicted)",
+    )
     self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")
     ema_decay: list[float] = _objective((0.9999,), "decays of the weights' moving averages")  # noqa: RUF009
 
@@ -270,7 +275,7 @@ _FIXED = (
     *("data_path", "eval_data_path", "eval_fraction", "vocab_size", "packing", "use_chat_template"),
     *("enable_condition", "condition_drop", "max_tokens", "img_size", "token_size", "radix", "palette", "layout"),
     *("model", "positions", "head", "posterior", "neighbours", "objective", "timesteps", "block_size", "noisy_depth"),
-    *("patch_noise", "self_conditioning"),
+    *("patch_noise", "in_turn", "self_conditioning"),
     *("ema_decay", "seed"),
 )
 
@@ -287,7 +292,7 @@ _RANGES = (
         "0 or more",
     ),
     (
-        ("condition_drop", "patch_noise", "self_conditioning"),
+        ("condition_drop", "patch_noise", "in_turn", "self_conditioning"),
         lambda value: 0 <= value <= 1,
         "between 0 and 1",
     ),

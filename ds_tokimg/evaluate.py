@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     if arguments.block_size is not None:
         options["block_size"] = arguments.block_size
     if arguments.many_steps:
-        options["one_step"] = False
+        options |= {"one_step": False, "in_turn": False}
     bound = bound_of(module, trained.format, trained.layout, dataset, **options)
     report(bound, trained.path, arguments.data_path)
     if arguments.json:
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--many_steps",
         action="store_true",
-        help="the bound of sampling in many small steps, also where generate takes a single one (a token alone)",
+        help="the bound of sampling in many small steps to the end, also where generate draws a patch's tokens earlier",
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
     add("--cache_dir", metavar="DIR", help="where tokenised data is cached")
@@ -104,11 +104,13 @@ def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split
 
 def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **options) -> Bound:
     """The bound of a model on a data set in its text format, as `generate` would write it: in one step where that is
-    exact. `forward`: the module, or an engine around it. `options` are those of `estimate_bound`."""
+    exact, a patch's tokens in turn where it has learnt that. `forward`: the module, or an engine around it. `options`
+    are those of `estimate_bound`."""
     block_size = options.pop("block_size", text_format.block_size)
+    in_turn = options.pop("in_turn", module.model.config.in_turn)
     one_step = options.pop("one_step", None)
     if one_step is None:
-        one_step = draws_in_one_step(module.model.head, block_size)
+        one_step = draws_in_one_step(module.model.head, block_size, in_turn)
     return estimate_bound(
         partial(options.pop("forward", module), per_patch=True, with_mean=not one_step),
         dataset,
@@ -116,6 +118,7 @@ def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **o
         timesteps=module.timesteps,
         block_size=block_size,
         one_step=one_step,
+        in_turn=in_turn,
         conditional=text_format.enable_condition,
         self_conditioning=module.model.config.self_conditioning,
         canvas=text_format.canvas,

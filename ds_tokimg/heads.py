@@ -103,6 +103,10 @@ class CandidateTokens(nn.Module):
         self.slots, self.radix, self.digits_per_token = slots, codec.radix, codec.digits_per_token
         self.register_buffer("digit_table", codec.digit_table, persistent=False)  # [V, D] uint8, see DigitHead
 
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Tokens that are certain [B, N, K] -> features [B, N, K, features / K]."""
+        raise NotImplementedError
+
     def codebook(self) -> Tensor:
         """Colours of the tokens, [V, D] float32."""
         return self.digit_table.float() * (2.0 / (self.radix - 1)) - 1.0
@@ -168,6 +172,9 @@ class TokenHead(CandidateTokens):
     def embed(self, probabilities: Tensor) -> Tensor:
         """[B, N, K, V] -> features [B, N, K, token_width]."""
         return self.token_input(probabilities)
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        return self.token_input(ids)
 
     def logits(self, output: Tensor, evidence: Tensor) -> Tensor:
         """Of the posterior given the context: [B, N, K, V], float32."""
@@ -245,6 +252,10 @@ class TreeHead(CandidateTokens):
         certain, ids = probabilities.max(-1)
         return self._features(probabilities @ digits, ids, certain)
 
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        digits = F.one_hot(self.digit_table[ids].long(), self.radix).flatten(-2)
+        return self._features(digits, ids, torch.ones(ids.shape, device=ids.device))
+
     def _features(self, digits: Tensor, ids: Tensor, certain: Tensor) -> Tensor:
         token = self.token_input(ids)
         return torch.cat([digits.to(token.dtype), token * certain[..., None].to(token.dtype)], -1)
@@ -310,10 +321,10 @@ class LinearHead(nn.Module):
         return self.output(hidden).float()
 
 
-def draws_in_one_step(head: nn.Module, block_size: int) -> bool:
-    """Blocks of so many patches are one token each, of which the head has a posterior: the first one, at full noise, is
-    already the right one to draw from."""
-    return isinstance(head, CandidateTokens) and block_size * head.slots == 1
+def draws_in_one_step(head: nn.Module, block_size: int, in_turn: bool = False) -> bool:
+    """Blocks of so many patches are one token each, of which the head has a posterior, or one patch whose tokens are
+    drawn in turn: the first posterior, at full noise, is already the right one to draw from."""
+    return isinstance(head, CandidateTokens) and block_size == 1 and (head.slots == 1 or in_turn)
 
 
 def full_precision(like: Tensor) -> torch.autocast:

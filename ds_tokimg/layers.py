@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,21 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class InTurn(NamedTuple):
+    """Tokens of a patch that are drawn one after another: the first ones of all patches, then the second ones, …"""
+
+    clean: Tensor  # [B, L, F], features of the tokens that were drawn; those of later slots are not looked at
+    slots: int  # K, tokens of a patch
+    rows: Tensor | None = None  # [B] bool, texts that are drawn so; None: all
+
+    def hear(self, distance: int, clean: Tensor, noisy: Tensor) -> Tensor:
+        """What each token hears of the one so far away, given both versions of that [B, L, F]: without noise if it was
+        drawn before."""
+        slot = torch.arange(noisy.shape[1], device=noisy.device) % self.slots
+        earlier = ((slot + distance) % self.slots < slot)[:, None]
+        return torch.where(earlier if self.rows is None else earlier & self.rows[:, None, None], clean, noisy)
+
+
 class Neighbours(nn.Module):
     """What the tokens around a token say of it, straight from their features to its output.
 
@@ -107,23 +123,35 @@ class Neighbours(nn.Module):
         self.output = nn.Linear(2 * reach * features, outputs, bias=False)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, tokens: Tensor, before: Tensor | None = None, context: tuple[Tensor, Tensor] | None = None):
+    def forward(
+        self,
+        tokens: Tensor,
+        before: Tensor | None = None,
+        context: tuple[Tensor, Tensor] | None = None,
+        in_turn: InTurn | None = None,
+        wanted: slice = slice(None),
+    ) -> Tensor:
         """tokens [B, L, F] -> [B, L, outputs].
 
         before: [B, reach, F], tokens that precede these; None: none do.
         context: (the same tokens without noise [B, L, F], blocks [L]): a token then hears the tokens of its own block,
             those of earlier blocks without noise, and none of later ones.
+        in_turn: those of its own block that were drawn before it are heard without noise.
+        wanted: the tokens that the result is of.
         """
         length = tokens.shape[1]
         sides = [distance for distance in range(-self.reach, self.reach + 1) if distance]
         heard = [self._at(distance, tokens, before) for distance in sides]
+        if in_turn is not None:
+            drawn = [self._at(distance, in_turn.clean) for distance in sides]
+            heard = [in_turn.hear(*parts) for parts in zip(sides, drawn, heard, strict=True)]
         if context is not None:
             clean, blocks = context
             for index, distance in enumerate(sides):
                 same = (self._at(distance, blocks[None, :, None] + 1) == blocks[:, None] + 1).expand(1, length, 1)
                 other = self._at(distance, clean) if distance < 0 else 0.0
                 heard[index] = torch.where(same, heard[index], other)
-        return self.output(torch.cat(heard, -1))
+        return self.output(torch.cat([value[:, wanted] for value in heard], -1))
 
     def last(self, tokens: Tensor, before: Tensor | None) -> Tensor:
         """Of tokens [B, L, F], after those `before`, what the next ones hear: [B, reach, F]."""

@@ -75,7 +75,8 @@ class TrainingLoss(nn.Module):
         if objective == "ce" and not model.head.features:
             raise ValueError("objective ce needs head posterior; the linear head has no distribution over tokens")
         self.model, self.objective = model, objective
-        self.one_step = draws_in_one_step(model.head, block_size)  # how texts will be written, for the log
+        # How texts will be written, for the log; of patches drawn in turn only `noisy` trains the level where that is.
+        self.one_step = draws_in_one_step(model.head, block_size, model.config.in_turn and timesteps == "noisy")
         self.measure_bound = False  # costs a softmax over all candidates that cross-entropy does not need
         if timesteps == "entropic" and not model.head.features:
             raise ValueError("timesteps entropic needs head posterior: it follows the cross-entropy of tokens")
@@ -87,7 +88,8 @@ class TrainingLoss(nn.Module):
         """One micro-batch -> {"loss_sum": scalar, float32, with gradient} and sums for the log.
 
         batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
-        conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool.
+        conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool;
+        in_turn [B] bool, texts whose patches' tokens are predicted in turn.
         With `blocks` [N] int64 the text is predicted from left to right (`JiT.predict`).
         With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
         objective), "nats" (cross-entropy; heads with a posterior), "squared_error" (digits summed; `with_mean`: of the
@@ -102,6 +104,8 @@ class TrainingLoss(nn.Module):
             condition = (self.colours(batch["condition_ids"]), batch["condition_mask"])
         seen = {"condition": condition, "context": (clean, batch["blocks"]) if "blocks" in batch else None}
         earlier = self._first_pass(batch, noisy, seen)
+        if "in_turn" in batch:
+            seen["in_turn"] = (batch["ids"], batch["in_turn"])
         prediction = self.model.predict(noisy, batch["t"], batch["mask"], self_condition=earlier, **seen)
         level = batch["t"] if batch["t"].dim() == 2 else batch["t"][:, None]
         target = Target(clean, batch["ids"], level, self._elbo_weight(level), self.digit_table)
@@ -130,15 +134,20 @@ class TrainingLoss(nn.Module):
     def _progress(self, prediction: Prediction, target: Target, batch, nats: Tensor | None) -> dict[str, Tensor]:
         """Sums for the log: tokens, slots and operations; when asked for, also the bound in nats and its tokens: of
         those at full noise where a token is drawn in one step (their `nats`, if they are known), else of the samples
-        with one noise level, over the noise levels that are trained."""
+        with one noise level whose tokens are not predicted in turn, over the noise levels that are trained."""
         mask = batch["mask"]
         sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
         sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
         if self.measure_bound and nats is not None and self.one_step:
             noisiest = (target.t >= self.model.noisiest - 1e-2)[..., None] & mask
+            if "in_turn" in batch:
+                noisiest = noisiest & batch["in_turn"][:, None, None]
             sums["bound_nats"], sums["bound_tokens"] = (nats * noisiest).sum(), noisiest.sum()
         elif self.measure_bound:
-            whole = self._follows_the_path(target.t, batch)[:, None, None] & mask
+            whole = self._follows_the_path(target.t, batch)
+            if "in_turn" in batch:
+                whole = whole & ~batch["in_turn"]
+            whole = whole[:, None, None] & mask
             sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
             sums["bound_tokens"] = whole.sum()
         return sums

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +23,18 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
-from ds_tokimg.heads import DigitHead, LinearHead, TokenHead, TreeHead, cross_entropy
-from ds_tokimg.layers import Block, FinalLayer, Neighbours, RMSNorm, TimestepEmbedding, TokenMLP, rope_frequencies
+from ds_tokimg.heads import CandidateTokens, DigitHead, LinearHead, TokenHead, TreeHead
+from ds_tokimg.layers import (
+    Block,
+    FinalLayer,
+    InTurn,
+    Neighbours,
+    RMSNorm,
+    TimestepEmbedding,
+    TokenMLP,
+    rope_frequencies,
+)
+from ds_tokimg.prediction import Prediction
 from ds_tokimg.segments import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 
 #                 depth, width, heads
@@ -61,51 +71,12 @@ class JiTConfig:
     self_conditioning: bool = False
     noisy_depth: int = 0
     neighbours: int | None = None
+    in_turn: bool | None = False
     activation_checkpointing: bool = False
 
 
 def model_names() -> list[str]:
     return [f"JiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
-
-
-class Prediction:
-    """What the model says about patches. All but what the network put out is computed when it is asked for.
-
-    logits: float32 [B, N, K, V] or [B, N, K, D, radix]; None for the linear head.
-    clean: the posterior mean (linear head: its output), float32 [B, N, P].
-    """
-
-    def __init__(self, head: nn.Module, output: Tensor, evidence: Tensor | None):
-        self._head, self._output, self._evidence = head, output, evidence
-
-    @classmethod
-    def of_logits(cls, head: nn.Module, logits: Tensor) -> Prediction:
-        prediction = cls(head, logits, None)
-        prediction.logits = logits
-        return prediction
-
-    @cached_property
-    def logits(self) -> Tensor | None:
-        return None if self._evidence is None else self._head.logits(self._output, self._evidence)
-
-    @cached_property
-    def clean(self) -> Tensor:
-        return self._output if self.logits is None else self._head.clean(self.logits)
-
-    def likeliest(self) -> Tensor:
-        """The likeliest candidates, indices along the last axis of the logits (of a tree, by the likelier half at every
-        node)."""
-        if "logits" in self.__dict__ or not hasattr(self._head, "walk"):
-            return self.logits.argmax(-1)
-        return self._head.walk(self._output, self._evidence)
-
-    def loss_sum(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of ids [B, N, K] in nats, summed over valid tokens, and that of each token, without gradient:
-        cheaper than through the logits, unless these are there anyway."""
-        if "logits" in self.__dict__:
-            losses = cross_entropy(self.logits, ids, self._head.digit_table) * mask
-            return losses.sum(), losses.detach()
-        return self._head.loss_sum(self._output, self._evidence, ids, mask)
 
 
 class JiT(nn.Module):
@@ -129,6 +100,13 @@ class JiT(nn.Module):
             config = replace(config, neighbours=NEIGHBOURS if self.slots > 1 and self.head.features else 0)
         elif config.neighbours and not self.head.features:
             raise ValueError("neighbours are heard through posteriors; the linear head has none")
+        can_be_in_turn = isinstance(self.head, CandidateTokens) and self.slots > 1 and config.neighbours > 0
+        if config.in_turn is None:
+            config = replace(config, in_turn=can_be_in_turn)
+        elif config.in_turn and not can_be_in_turn:
+            raise ValueError(
+                "in_turn is for patches of several tokens which hear their neighbours, and posteriors over whole tokens"
+            )
         self.config = config
         inputs = pixels + self.head.features
         if config.self_conditioning:
@@ -271,6 +249,7 @@ class JiT(nn.Module):
         self_condition: Tensor | None = None,
         context: tuple[Tensor, Tensor] | None = None,
         memory: Memory | None = None,
+        in_turn: tuple[Tensor, Tensor | None] | None = None,
     ) -> Prediction:
         """Predicts clean patches.
 
@@ -287,6 +266,8 @@ class JiT(nn.Module):
                 through its last `noisy_depth` blocks (0: all). None: every patch sees all noisy ones.
             memory: what `remember` has read before, or an empty one, for prediction from left to right: the patches
                 are then those of one block.
+            in_turn: (ids [B, N, K], which rows [B] bool or None: all), with `neighbours`: the tokens of a patch are
+                predicted as they are drawn in turn, each with those in earlier slots known to be these.
         """
         batch, count, _ = noisy.shape
         level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
@@ -311,12 +292,28 @@ class JiT(nn.Module):
         x = torch.cat([*parts, self._embed(noisy_ones)], 1)
         memory = memory and memory.for_one_pass()
         x = self._transform(x, [*segments, noisy_ones], slice(entry, None), blocks, memory, wanted=count)
-        output = self.head(self.final(x, noisy_ones.time))
-        if self.neighbours is not None:
-            clean = context and (segments[-1].tokens, blocks.repeat_interleave(self.slots))
-            near = self.neighbours(tokens, memory and memory.tokens, clean)
-            output = self.token_mlp(output.view(near.shape) + near, tokens).view(output.shape)
-        return Prediction(self.head, output, evidence)
+        hidden = self.head(self.final(x, noisy_ones.time))
+        if self.neighbours is None:
+            return Prediction(self.head, hidden, evidence)
+        clean = context and (segments[-1].tokens, blocks.repeat_interleave(self.slots))
+        read = partial(self._read_tokens, hidden, tokens, slot_mask, memory and memory.tokens, clean)
+        read_slot = partial(self._read_slot, read) if self.config.in_turn else None
+        return Prediction(self.head, partial(read, in_turn), evidence, read_slot)
+
+    def _read_tokens(self, hidden, tokens, slot_mask, before, context, in_turn=None, wanted=slice(None)) -> Tensor:
+        """Outputs of tokens that hear their neighbours, [B, N, K, …] as `hidden`, or of those `wanted` of all
+        [B, L, …]."""
+        if in_turn is not None:
+            ids, rows = in_turn
+            clean = context[0] if context else self._on_slots(self.head.embed_ids(ids), slot_mask).flatten(1, 2)
+            in_turn = InTurn(clean, self.slots, rows)
+        near = self.neighbours(tokens, before, context, in_turn, wanted)
+        hidden = hidden.flatten(1, 2)
+        output = self.token_mlp(hidden.flatten(2)[:, wanted] + near, tokens[:, wanted])
+        return output.view(len(output), slot_mask.shape[1], -1, *hidden.shape[2:])
+
+    def _read_slot(self, read, slot: int, ids: Tensor) -> Tensor:
+        return read((ids, None), slice(slot, None, self.slots))
 
     def remember(self, memory: Memory | None, patches: Tensor, slot_mask: Tensor, positions: Tensor | None) -> Memory:
         """Reads a prompt (positions None) or the next block of clean patches [B, n, P], once for all steps to come.
@@ -363,10 +360,14 @@ class JiT(nn.Module):
             parts.append(self.head.features_of(evidence))
         if self.config.self_conditioning:
             parts.append(self._embed_self_condition(self_condition, parts[-1]))
-        parts = [(part * slot_mask[..., None]).to(self.compute_dtype) for part in parts]
+        parts = [self._on_slots(part, slot_mask) for part in parts]
         if self.neighbours is not None:
             tokens = parts[1].flatten(1, 2)
         return torch.cat([part.flatten(2) for part in parts], -1), evidence, tokens
+
+    def _on_slots(self, features: Tensor, slot_mask: Tensor) -> Tensor:
+        """Features [B, N, K, F] of tokens, zeroed where there is none."""
+        return (features * slot_mask[..., None]).to(self.compute_dtype)
 
     def _embed_self_condition(self, value, like):
         if value is None:

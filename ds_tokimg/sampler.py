@@ -6,7 +6,9 @@ prediction stays the same. `heun` corrects it with the prediction at s (Karras e
 space", 2022, algorithm 1). `ancestral` draws clean from the predicted posterior, token by token, and then z_s with
 fresh noise for a part of the old, more of it the larger eta (Song et al., "Denoising diffusion implicit models",
 2021, eqs. 12 and 16; eta 1: from q(z_s | z_t, clean), Ho et al. 2020, eq. 6): a walk that ends with the right
-distribution as steps become small, and unlike the flow forgets its mistakes. States are float64.
+distribution as steps become small, and unlike the flow forgets its mistakes. Where the model has learnt to draw the
+tokens of a patch in turn, each knowing those before it, it does so in every step, and `ancestral` ends at the level
+that the bound of this path ends at. States are float64.
 
 All patches lose their noise together, or, with a block size, one block of patches after another, from left to right:
 what was written before is then read once and remembered.
@@ -26,11 +28,12 @@ import torch
 from torch import Tensor
 
 from ds_tokimg.batch import PatchLayout
-from ds_tokimg.bound import noise_levels
+from ds_tokimg.bound import DRAWN_SHARE, noise_levels
 from ds_tokimg.diffusion import START, alpha_sigma, timestep_of_log_snr
 from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.loss import probabilities
-from ds_tokimg.model import JiT, Prediction
+from ds_tokimg.model import JiT
+from ds_tokimg.prediction import ChangedPrediction, Prediction
 from ds_tokimg.rng import Stream, generator
 from ds_tokimg.segments import Memory
 
@@ -43,8 +46,8 @@ class SamplingOptions:
     """How to sample.
 
     steps: network evaluations, of every block (two a step for `heun`, so half as many steps); None: MAX_STEPS, or, if
-        these are fewer, STEPS_PER_TOKEN for each token of a block; 1 for a block of one token that `ancestral` draws
-        from a posterior over tokens: the first one is already the right one.
+        these are fewer, STEPS_PER_TOKEN for each token of a block; 1 for a block of one token, or of one patch whose
+        tokens are drawn in turn, that `ancestral` draws from a posterior over tokens: the first one is already right.
     block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
     guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
         Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
@@ -71,11 +74,17 @@ class SamplingOptions:
             raise ValueError("block_size must be 0 (the whole image at once) or more")
 
 
-def timestep_grid(radix: int, steps: int) -> Tensor:
-    """Timesteps START > … > 0, float64 [steps + 1], close together where tokens of this code become readable."""
-    quantiles = (np.arange(steps - 1) + 0.5) / max(1, steps - 1)
-    log_snr, _ = noise_levels(radix).quantile(quantiles)
-    inner = timestep_of_log_snr(torch.from_numpy(log_snr))
+def timestep_grid(radix: int, steps: int, in_turn: bool = False) -> Tensor:
+    """Timesteps START > … > 0, float64 [steps + 1], close together where tokens of this code become readable.
+
+    in_turn: the last prediction, from which tokens are read, is at `NoiseLevels.drawn_at`.
+    """
+    levels = noise_levels(radix)
+    if in_turn:
+        quantiles = DRAWN_SHARE * (np.arange(steps - 1) + 1) / max(1, steps - 1)
+    else:
+        quantiles = (np.arange(steps - 1) + 0.5) / max(1, steps - 1)
+    inner = timestep_of_log_snr(torch.from_numpy(levels.quantile(quantiles)[0]))
     return torch.cat([torch.tensor([START], dtype=torch.float64), inner, torch.zeros(1, dtype=torch.float64)])
 
 
@@ -209,7 +218,8 @@ class _Walk:
 
     def _denoise(self) -> tuple[Tensor, Tensor]:
         """From noise to tokens: ids [B, N, K], and bool [B, N, K], the colour is no token."""
-        grid = timestep_grid(self.model.codec.radix, self._num_steps())
+        in_turn = self.options.sampler == "ancestral" and self.model.config.in_turn
+        grid = timestep_grid(self.model.codec.radix, self._num_steps(), in_turn)
         ancestral = partial(self._ancestral, eta=self.options.eta)
         step: Callable = {"euler": self._euler, "heun": self._heun, "ancestral": ancestral}[self.options.sampler]
         z = self._normal()
@@ -223,8 +233,8 @@ class _Walk:
         if steps is None:
             block = self.options.block_size * self.layout.slots
             steps = min(MAX_STEPS, STEPS_PER_TOKEN * block) if block else MAX_STEPS
-            if self.options.sampler == "ancestral" and draws_in_one_step(self.model.head, self.options.block_size):
-                steps = 1
+            one_step = draws_in_one_step(self.model.head, self.options.block_size, self.model.config.in_turn)
+            steps = 1 if self.options.sampler == "ancestral" and one_step else steps
         return max(1, steps // 2) if self.options.sampler == "heun" else steps
 
     # ---- predictions ----
@@ -257,9 +267,9 @@ class _Walk:
 
     def _guide(self, without: Prediction, given: Prediction, scale: float) -> Prediction:
         head = self.model.head
-        if given.logits is None:
+        if not head.features:
             return Prediction(head, without.clean + scale * (given.clean - without.clean), None)
-        return Prediction.of_logits(head, without.logits + scale * (given.logits - without.logits))
+        return ChangedPrediction(head, lambda _, old, new: old + scale * (new - old), without, given)
 
     def _with_given(self, prediction: Prediction) -> Prediction:
         """The same where nothing is known. Every step moves towards what is predicted, so that the states of known
@@ -267,13 +277,14 @@ class _Walk:
         if not self.fixed.any():
             return prediction
         head = self.model.head
-        if prediction.logits is None:
+        if not head.features:
             where = self.fixed.repeat_interleave(self.model.codec.digits_per_token, -1)
             return Prediction(head, torch.where(where, self.fixed_clean, prediction.clean), None)
         # What a clean colour says of its token: hundreds of nats for the one, against all others.
         certain = head.log_likelihood(self.fixed_clean, *alpha_sigma(torch.zeros(1, 1, device=self.device)))
         where = self.fixed.view(self.fixed.shape + (1,) * (certain.dim() - 3))
-        return Prediction.of_logits(head, prediction.logits + certain * where)
+        certain = certain * where
+        return ChangedPrediction(head, lambda slots, logits: logits + certain[:, :, slots], prediction)
 
     # ---- steps ----
 
@@ -297,9 +308,18 @@ class _Walk:
 
     def _draw(self, prediction: Prediction) -> Tensor:
         """Clean patches drawn from the posterior (the mean itself for the linear head, which has no posterior)."""
-        if prediction.logits is None:
+        if not self.model.head.features:
             return prediction.clean
-        return self.model.head.colours(self._choose(prediction.logits))
+        return self.model.head.colours(self._choose_all(prediction))
+
+    def _choose_all(self, prediction: Prediction) -> Tensor:
+        """Candidates drawn for every token: independently, or those of a patch in turn."""
+        if not prediction.is_in_turn:
+            return self._choose(prediction.logits)
+        ids = torch.zeros_like(self.fixed_ids)
+        for slot in range(ids.shape[-1]):
+            ids[..., slot] = self._choose(prediction.logits_in_turn(slot, ids))[..., 0]
+        return ids
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Draws from softmax(logits) along the last axis (Gumbel maximum, noise from each text's own generator)."""
@@ -309,5 +329,5 @@ class _Walk:
     def _last(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Reads the tokens off the cleanest state: `ancestral` draws them, the others take the most likely."""
         prediction = self._predict(z, t)
-        is_drawn = self.options.sampler == "ancestral" and prediction.logits is not None
-        return self.model.read(prediction, self._choose(prediction.logits) if is_drawn else None)
+        is_drawn = self.options.sampler == "ancestral" and self.model.head.features
+        return self.model.read(prediction, self._choose_all(prediction) if is_drawn else None)

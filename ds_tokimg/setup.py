@@ -77,6 +77,7 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
         block_size=config.block_size,
         canvas=text_format.canvas,
         eos_id=text_format.eos_id,
+        in_turn=in_turn_share(config, module.model),
     )
     return Parts(tokenizer, text_format, layout, train_set, eval_set, module, maker)
 
@@ -160,6 +161,7 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
             self_conditioning=config.self_conditioning > 0,
             noisy_depth=config.noisy_depth,
             neighbours=config.neighbours,
+            in_turn=None if config.in_turn is None else config.in_turn > 0,
             activation_checkpointing=config.activation_checkpointing,
         )
     except ValueError as error:
@@ -169,6 +171,14 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
     if config.compile:
         _compile(model, device)
     return TrainingLoss(model, config.objective, config.timesteps, config.block_size)
+
+
+def in_turn_share(config: TrainConfig, model: JiT) -> float:
+    """The share of samples whose patches' tokens are predicted in turn."""
+    if not model.config.in_turn or config.in_turn is not None:
+        return config.in_turn or 0.0
+    # Patches alone are never drawn otherwise, but the log's bits are those of many small steps (see `TrainingLoss`).
+    return 1.0 if config.block_size == 1 and config.timesteps == "noisy" else 0.5
 
 
 def _compile(model: JiT, device: torch.device) -> None:

@@ -90,9 +90,34 @@ def test_one_step_cannot_make_tokens_agree():
     assert bound.bits_per_token == pytest.approx(1.0, rel=0.02)  # together they have one bit, not two
 
 
-def check_code_length(source, codec, patch_size=1, block_size=0):
+@pytest.mark.parametrize(("vocab_size", "length"), [(4, 3), (3, 4)])
+def test_exact_posterior_gives_the_code_length_where_tokens_are_drawn_in_turn(vocab_size, length):
+    """The integral to the level where they are, and the chain rule from there."""
+    check_code_length(correlated_texts(vocab_size, length), TokenCodec(vocab_size), patch_size=2, in_turn=True)
+
+
+def test_in_turn_tokens_agree_in_one_step():
+    """Which they cannot when they are drawn independently of each other (above)."""
+    source = correlated_texts(4, 3)
+    texts = draw_texts(source, 100)
+    model = ExactModel(TokenCodec(4), source, patch_size=2, in_turn=True)
+    bound = bound_of(model, texts, num_levels=1, one_step=True, in_turn=True)
+    exact = [-math.log(source[tuple(text)]) for text in texts.texts]
+    np.testing.assert_allclose(bound.nats, exact, rtol=0.02)
+
+
+def test_the_objective_is_averaged_over_the_levels_before_tokens_are_drawn():
+    """An untrained head reads a token off its own noise: what is left to know is log V at first, and falls."""
+    model = tiny_model(TokenCodec(64), trained=False, in_turn=True)
+    texts = random_texts(64, [256] * 8)
+    whole, before = (bound_of(model, texts, "ce", num_levels=16, in_turn=in_turn).loss for in_turn in (False, True))
+    assert whole < before < math.log(64)
+
+
+def check_code_length(source, codec, patch_size=1, block_size=0, in_turn=False):
     texts = draw_texts(source, 600)
-    bound = bound_of(ExactModel(codec, source, patch_size), texts, num_levels=16, block_size=block_size)
+    model = ExactModel(codec, source, patch_size, in_turn=in_turn)
+    bound = bound_of(model, texts, num_levels=16, block_size=block_size, in_turn=in_turn)
     exact = np.array([-math.log(source[tuple(text)]) for text in texts.texts])
     error = bound.nats - exact
     assert abs(error.mean()) < 4 * error.std() / math.sqrt(600) + 1e-4

@@ -61,12 +61,21 @@ class ExactModel(nn.Module):
         codec: of a tiny vocabulary.
         texts: {text, a tuple of ids, all of one length: probability}.
         patch_size, img_size: of the images the texts are written into.
+        in_turn: the tokens of a patch are drawn in turn.
     """
 
-    def __init__(self, codec: TokenCodec, texts: dict[tuple[int, ...], float], patch_size: int = 1, img_size: int = 4):
+    def __init__(
+        self,
+        codec: TokenCodec,
+        texts: dict[tuple[int, ...], float],
+        patch_size: int = 1,
+        img_size: int = 4,
+        in_turn: bool = False,
+    ):
         super().__init__()
         self.codec = codec
-        self.config = JiTConfig(1, 4, 1, patch_size=patch_size, img_size=img_size, posterior="tokens")
+        shape = {"patch_size": patch_size, "img_size": img_size, "posterior": "tokens", "in_turn": in_turn}
+        self.config = JiTConfig(1, 4, 1, **shape)
         self.slots = (patch_size // codec.token_size) ** 2
         self.head = TokenHead(codec, self.slots, 4)
         self.texts = torch.tensor(list(texts))  # [texts, length]
@@ -74,9 +83,23 @@ class ExactModel(nn.Module):
         self.evaluations: list[Tensor] = []  # the timesteps of all calls
 
     def predict(
-        self, noisy, t, slot_mask, condition=None, positions=None, self_condition=None, context=None, memory=None
+        self,
+        noisy,
+        t,
+        slot_mask,
+        condition=None,
+        positions=None,
+        self_condition=None,
+        context=None,
+        memory=None,
+        in_turn=None,
     ) -> Prediction:
         self.evaluations.append(t)
+        if in_turn is not None:
+            known = [self.posterior(noisy, t, (slot, in_turn[0]))[:, :, slot] for slot in range(self.slots)]
+            return Prediction.of_logits(self.head, torch.stack(known, 2).log().float())
+        if self.config.in_turn:
+            return ExactInTurn(self, noisy, t)
         if memory is not None:  # the patches so far, then these
             level = torch.cat([t.new_zeros(memory.shape[:2]), t[:, None].expand(noisy.shape[:2])], 1)
             probabilities = self.posterior(torch.cat([memory, noisy], 1), level)[:, memory.shape[1] :]
@@ -99,8 +122,11 @@ class ExactModel(nn.Module):
             result = torch.where((blocks == block)[:, None, None], self.posterior(shown, level), result)
         return result
 
-    def posterior(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """p(token at each place | noisy), float64 [B, N, K, V]; places behind the texts get even ones."""
+    def posterior(self, noisy: Tensor, t: Tensor, drawn: tuple[int, Tensor] | None = None) -> Tensor:
+        """p(token at each place | noisy), float64 [B, N, K, V]; places behind the texts get even ones.
+
+        drawn: (slot, ids [B, N, K]): in the slots before this one the tokens are known to be these.
+        """
         batch, patches, _ = noisy.shape
         length, vocab_size = self.texts.shape[1], self.codec.vocab_size
         level = (t if t.dim() == 2 else t[:, None].expand(batch, patches)).repeat_interleave(self.slots, 1)
@@ -111,6 +137,10 @@ class ExactModel(nn.Module):
         centres = alpha[..., None] * self.codec.codebook.double()  # [B, length, V, D]
         per_token = torch.distributions.Normal(centres, sigma[..., None]).log_prob(z[:, :, None]).sum(-1)
         joint = self.log_prior + sum(per_token[:, i][:, self.texts[:, i]] for i in range(places))  # [B, texts]
+        for place in range(places if drawn is not None else 0):
+            if place % self.slots < drawn[0]:
+                is_other = self.texts[:, place] != drawn[1].flatten(1)[:, place, None]
+                joint = joint.masked_fill(is_other, -torch.inf)
         weights = joint.softmax(-1)
         result = torch.full((batch, patches * self.slots, vocab_size), 1 / vocab_size, dtype=torch.float64)
         for place in range(places):
@@ -118,6 +148,20 @@ class ExactModel(nn.Module):
         return result.clamp(min=1e-300).unflatten(1, (patches, self.slots))
 
     read = JiT.read
+
+
+class ExactInTurn(Prediction):
+    """What an ExactModel says when it is asked for the tokens of a patch in turn."""
+
+    is_in_turn = True
+
+    def __init__(self, model: ExactModel, noisy: Tensor, t: Tensor):
+        super().__init__(model.head, None, None)
+        self.posterior = lambda drawn=None: model.posterior(noisy, t, drawn).log().float()
+        self.logits = self.posterior()
+
+    def logits_in_turn(self, slot: int, ids: Tensor) -> Tensor:
+        return self.posterior((slot, ids))[:, :, slot : slot + 1]
 
 
 def correlated_texts(vocab_size: int, length: int, seed: int = 0) -> dict[tuple[int, ...], float]:
