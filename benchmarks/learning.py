@@ -184,7 +184,7 @@ def print_table() -> None:
             settings = _settings(row) + (f" ({row['note']})" if row.get("note") else "")
             cells = [row["corpus"], row["system"], settings.strip(), row["seed"], row["batch"]]
             cells += [f"{row['positions'] / 1e6:.2f} M", f"{row['tokens'] / 1e6:.2f} M", f"{row['seconds']:.0f}"]
-            cells += [f"blocks of {path}" if path != "0" else "plain"]
+            cells += ["plain" + path[1:] if path[0] == "0" else f"blocks of {path}"]
             cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]
             cells += [compute_gap(row["positions"], figures["bits_per_byte"], curve) for curve in curves]
             print("| " + " | ".join(map(str, cells)) + " |")

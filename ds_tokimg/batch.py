@@ -100,7 +100,7 @@ class BatchMaker:
         block_size: patches that have a noise level in common and see the clean ones before them; 0: the whole image.
         condition_drop: probability that a sample's condition is hidden; None when the model has no conditions.
         self_conditioning: probability that a sample sees the model's own first prediction.
-        in_turn: share of the samples in which the tokens of a patch are predicted in turn (`JiT.predict`).
+        in_turn: share of the samples in which tokens are predicted in turn (`JiT.predict`).
         canvas: with conditions, the largest number of patches an answer is generated on. An answer is filled up with
             `eos_id` to the end of its last patch, and in every second sample on average further, up to a random
             number of patches: when generating, nobody knows how long the answer will be.
@@ -138,7 +138,9 @@ class BatchMaker:
         if self.block_size:
             batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
         if self.in_turn:
-            batch["in_turn"] = torch.from_numpy(_share_of(positions if len(indices) else [0], self.in_turn))
+            # Two places at a time, so that of these and of the others half have a noise level per patch.
+            places = np.asarray(positions if len(indices) else [0]) // 2
+            batch["in_turn"] = torch.from_numpy(_share_of(places, self.in_turn))
         if self.condition_drop is not None:
             prompts = [self._prompt(dataset, epoch, int(i)) for i in indices]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts or [np.zeros(0, np.int64)])

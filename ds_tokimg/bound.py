@@ -11,9 +11,9 @@ The integral is estimated on stratified noise levels with fixed noise per sample
 noising path is another scaling of the same process: SNR and clean_pred, hence the bound, do not depend on it.
 
 That is the bound of sampling in many small steps. Of a single step, from pure noise straight to the tokens, it is the
-last two terms, both at the noise level where sampling starts (the same theory, eq. 11 with T = 1). Where the tokens of
-a patch are drawn in turn, the integral ends at the level where they are, and the decoding term is their cross-entropy
-there, each given those drawn before it (the chain rule).
+last two terms, both at the noise level where sampling starts (the same theory, eq. 11 with T = 1). Where tokens are
+drawn in turn, the integral ends at the level where they are, and the decoding term is their cross-entropy there, each
+given those drawn before it (the chain rule).
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.rng import Stream, generator, low_discrepancy
 
 # Tokens that are drawn in turn are drawn after this share of what a reader without context learns on the way from noise
-# to image: from then on, what the network loses at every level costs more than what only the noise can tell a patch's
-# first tokens.
-DRAWN_SHARE = 0.4
+# to image: further on, what the network loses at every level costs more than what only the noise tells.
+DRAWN_SHARE = 0.2
 # Noise levels a text is evaluated at, in training and by `evaluate`.
 DEFAULT_LEVELS = 8
 # The share of correctly read tokens is reported between these timesteps.
@@ -163,8 +162,8 @@ def estimate_bound(
             many patches do so one after another, each seeing the clean ones before it.
         one_step: every block is drawn in one step from pure noise, instead of many small ones. An upper bound for any
             model with a posterior; tight where the tokens of a block do not depend on each other, so for one alone.
-        in_turn: many small steps end at the level `NoiseLevels.drawn_at`, where the tokens of a patch are drawn one
-            after another; with `one_step` they are drawn so in this step.
+        in_turn: many small steps end at the level `NoiseLevels.drawn_at`, where tokens are drawn one
+            after another, runs of them side by side; with `one_step` they are drawn so in this step.
         canvas: patches that a conditional answer is filled up to (the model does not know its length).
         patches_per_batch: size of the batches that are evaluated.
         rank, world_size, all_reduce: texts are dealt over the ranks; all_reduce sums a float64 tensor over them.

@@ -100,8 +100,8 @@ class TrainConfig:
     patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
     in_turn: float | None = _objective(
         None,
-        "share of a batch whose patches' tokens are predicted one after another (not given: half, or all with noisy "
-        "timesteps and blocks of one patch; none where a patch holds one token or digits are predicted)",
+        "share of a batch whose tokens are predicted one after another (not given: 0.75, or 1 with noisy timesteps and "
+        "blocks of one patch; 0 where a patch holds one token or digits are predicted)",
     )
     self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")
     ema_decay: list[float] = _objective((0.9999,), "decays of the weights' moving averages")  # noqa: RUF009

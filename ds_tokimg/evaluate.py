@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--many_steps",
         action="store_true",
-        help="the bound of sampling in many small steps to the end, also where generate draws a patch's tokens earlier",
+        help="the bound of sampling in many small steps to the end, also where generate draws tokens earlier",
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
     add("--cache_dir", metavar="DIR", help="where tokenised data is cached")
@@ -104,7 +104,7 @@ def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split
 
 def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **options) -> Bound:
     """The bound of a model on a data set in its text format, as `generate` would write it: in one step where that is
-    exact, a patch's tokens in turn where it has learnt that. `forward`: the module, or an engine around it. `options`
+    exact, tokens in turn where it has learnt that. `forward`: the module, or an engine around it. `options`
     are those of `estimate_bound`."""
     block_size = options.pop("block_size", text_format.block_size)
     in_turn = options.pop("in_turn", module.model.config.in_turn)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_tokimg.codec import TokenCodec
+from ds_tokimg.layers import RUN
 from ds_tokimg.posterior import TokenInput, TokenOutput
 from ds_tokimg.tree import Halves, TreeOutput, halves_of_code
 
@@ -322,9 +323,9 @@ class LinearHead(nn.Module):
 
 
 def draws_in_one_step(head: nn.Module, block_size: int, in_turn: bool = False) -> bool:
-    """Blocks of so many patches are one token each, of which the head has a posterior, or one patch whose tokens are
-    drawn in turn: the first posterior, at full noise, is already the right one to draw from."""
-    return isinstance(head, CandidateTokens) and block_size == 1 and (head.slots == 1 or in_turn)
+    """Blocks of so many patches are one token each, of which the head has a posterior, or tokens that are drawn in turn
+    (one run of them): the first posterior, at full noise, is already the right one to draw from."""
+    return isinstance(head, CandidateTokens) and 0 < block_size * head.slots <= (RUN if in_turn else 1)
 
 
 def full_precision(like: Tensor) -> torch.autocast:

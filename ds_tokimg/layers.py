@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from ds_tokimg.diffusion import log_snr
 
+# Tokens that are drawn one after another, by models that have learnt it: runs of so many, side by side. Longer ones
+# gain next to nothing.
+RUN = 16
+
 
 class TimestepEmbedding(nn.Module):
     """Noise level -> the modulation that all blocks share. Fed with log-SNR, in which tokens become readable."""
@@ -93,17 +97,15 @@ class Attention(nn.Module):
 
 
 class InTurn(NamedTuple):
-    """Tokens of a patch that are drawn one after another: the first ones of all patches, then the second ones, …"""
+    """Tokens that are drawn one after another: the first ones of all runs, then the second ones, …"""
 
-    clean: Tensor  # [B, L, F], features of the tokens that were drawn; those of later slots are not looked at
-    slots: int  # K, tokens of a patch
+    clean: Tensor  # [B, L, F], features of the tokens that were drawn; those of later turns are not looked at
     rows: Tensor | None = None  # [B] bool, texts that are drawn so; None: all
 
-    def hear(self, distance: int, clean: Tensor, noisy: Tensor) -> Tensor:
-        """What each token hears of the one so far away, given both versions of that [B, L, F]: without noise if it was
-        drawn before."""
-        slot = torch.arange(noisy.shape[1], device=noisy.device) % self.slots
-        earlier = ((slot + distance) % self.slots < slot)[:, None]
+    def hear(self, distance: int, places: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
+        """What tokens at these places of their blocks, [L], hear of the one so far away, given both versions of that
+        [B, L, F]: without noise if it was drawn before."""
+        earlier = ((places + distance) % RUN < places % RUN)[:, None]
         return torch.where(earlier if self.rows is None else earlier & self.rows[:, None, None], clean, noisy)
 
 
@@ -143,8 +145,11 @@ class Neighbours(nn.Module):
         sides = [distance for distance in range(-self.reach, self.reach + 1) if distance]
         heard = [self._at(distance, tokens, before) for distance in sides]
         if in_turn is not None:
-            drawn = [self._at(distance, in_turn.clean) for distance in sides]
-            heard = [in_turn.hear(*parts) for parts in zip(sides, drawn, heard, strict=True)]
+            places = torch.arange(length, device=tokens.device)
+            if context is not None:
+                places = places - torch.searchsorted(context[1], context[1])
+            for index, distance in enumerate(sides):
+                heard[index] = in_turn.hear(distance, places, self._at(distance, in_turn.clean), heard[index])
         if context is not None:
             clean, blocks = context
             for index, distance in enumerate(sides):

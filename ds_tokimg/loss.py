@@ -75,7 +75,7 @@ class TrainingLoss(nn.Module):
         if objective == "ce" and not model.head.features:
             raise ValueError("objective ce needs head posterior; the linear head has no distribution over tokens")
         self.model, self.objective = model, objective
-        # How texts will be written, for the log; of patches drawn in turn only `noisy` trains the level where that is.
+        # How texts will be written, for the log; of tokens drawn in turn only `noisy` trains the level where that is.
         self.one_step = draws_in_one_step(model.head, block_size, model.config.in_turn and timesteps == "noisy")
         self.measure_bound = False  # costs a softmax over all candidates that cross-entropy does not need
         if timesteps == "entropic" and not model.head.features:
@@ -89,7 +89,7 @@ class TrainingLoss(nn.Module):
 
         batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
         conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool;
-        in_turn [B] bool, texts whose patches' tokens are predicted in turn.
+        in_turn [B] bool, texts whose tokens are predicted in turn.
         With `blocks` [N] int64 the text is predicted from left to right (`JiT.predict`).
         With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
         objective), "nats" (cross-entropy; heads with a posterior), "squared_error" (digits summed; `with_mean`: of the

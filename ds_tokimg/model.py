@@ -25,6 +25,7 @@ from ds_tokimg.codec import TokenCodec, check_geometry, pixel_order
 from ds_tokimg.diffusion import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.heads import CandidateTokens, DigitHead, LinearHead, TokenHead, TreeHead
 from ds_tokimg.layers import (
+    RUN,
     Block,
     FinalLayer,
     InTurn,
@@ -105,7 +106,7 @@ class JiT(nn.Module):
             config = replace(config, in_turn=can_be_in_turn)
         elif config.in_turn and not can_be_in_turn:
             raise ValueError(
-                "in_turn is for patches of several tokens which hear their neighbours, and posteriors over whole tokens"
+                "in_turn is for patches of several tokens that hear their neighbours, and posteriors over whole tokens"
             )
         self.config = config
         inputs = pixels + self.head.features
@@ -266,8 +267,8 @@ class JiT(nn.Module):
                 through its last `noisy_depth` blocks (0: all). None: every patch sees all noisy ones.
             memory: what `remember` has read before, or an empty one, for prediction from left to right: the patches
                 are then those of one block.
-            in_turn: (ids [B, N, K], which rows [B] bool or None: all), with `neighbours`: the tokens of a patch are
-                predicted as they are drawn in turn, each with those in earlier slots known to be these.
+            in_turn: (ids [B, N, K], which rows [B] bool or None: all), with `neighbours`: tokens are predicted as they
+                are drawn in turn, each with those of earlier turns known to be these (`layers.InTurn`).
         """
         batch, count, _ = noisy.shape
         level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
@@ -297,23 +298,19 @@ class JiT(nn.Module):
             return Prediction(self.head, hidden, evidence)
         clean = context and (segments[-1].tokens, blocks.repeat_interleave(self.slots))
         read = partial(self._read_tokens, hidden, tokens, slot_mask, memory and memory.tokens, clean)
-        read_slot = partial(self._read_slot, read) if self.config.in_turn else None
-        return Prediction(self.head, partial(read, in_turn), evidence, read_slot)
+        read_turn = (lambda turn, ids: read((ids, None), slice(turn, None, RUN))) if self.config.in_turn else None
+        return Prediction(self.head, lambda: read(in_turn).view(hidden.shape), evidence, read_turn)
 
     def _read_tokens(self, hidden, tokens, slot_mask, before, context, in_turn=None, wanted=slice(None)) -> Tensor:
-        """Outputs of tokens that hear their neighbours, [B, N, K, …] as `hidden`, or of those `wanted` of all
-        [B, L, …]."""
+        """Outputs of tokens that hear their neighbours: of those that are wanted, [B, L, …], of hidden [B, N, K, …]."""
         if in_turn is not None:
             ids, rows = in_turn
             clean = context[0] if context else self._on_slots(self.head.embed_ids(ids), slot_mask).flatten(1, 2)
-            in_turn = InTurn(clean, self.slots, rows)
+            in_turn = InTurn(clean, rows)
         near = self.neighbours(tokens, before, context, in_turn, wanted)
         hidden = hidden.flatten(1, 2)
         output = self.token_mlp(hidden.flatten(2)[:, wanted] + near, tokens[:, wanted])
-        return output.view(len(output), slot_mask.shape[1], -1, *hidden.shape[2:])
-
-    def _read_slot(self, read, slot: int, ids: Tensor) -> Tensor:
-        return read((ids, None), slice(slot, None, self.slots))
+        return output.view(*output.shape[:2], *hidden.shape[2:])
 
     def remember(self, memory: Memory | None, patches: Tensor, slot_mask: Tensor, positions: Tensor | None) -> Memory:
         """Reads a prompt (positions None) or the next block of clean patches [B, n, P], once for all steps to come.

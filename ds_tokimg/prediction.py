@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from ds_tokimg.heads import cross_entropy
+from ds_tokimg.layers import RUN
 
 
 class Prediction:
@@ -19,8 +20,8 @@ class Prediction:
     Args:
         output: of the network, for the head: [B, N, K, …] or [B, N, P]; or a function that computes it.
         evidence: see `heads`; None for the linear head.
-        output_in_turn: a function of a slot and the ids [B, N, K] drawn in the slots before it, which gives the output
-            for that slot's tokens [B, N, 1, …]; None: the model has not learnt to draw a patch's tokens in turn.
+        output_in_turn: a function of a turn and the ids [B, N, K] drawn in the turns before it, which gives the output
+            for that turn's tokens [B, n, …]; None: the model has not learnt to draw tokens in turn.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class Prediction:
         """`logits_in_turn` can be asked for."""
         return self._output_in_turn is not None
 
-    def logits_in_turn(self, slot: int, ids: Tensor) -> Tensor:
-        """Of the tokens in one slot of every patch, given those drawn in the slots before it, ids [B, N, K]:
-        [B, N, 1, V]."""
-        return self._head.logits(self._output_in_turn(slot, ids), self._evidence[:, :, slot : slot + 1])
+    def logits_in_turn(self, turn: int, ids: Tensor) -> Tensor:
+        """Of the tokens of one turn (every RUN-th one of the text, from this one on), given those drawn in the turns
+        before it, ids [B, N, K]: [B, n, V]."""
+        return self._head.logits(self._output_in_turn(turn, ids), self._evidence.flatten(1, 2)[:, turn::RUN])
 
     def likeliest(self) -> Tensor:
         """The likeliest candidates, indices along the last axis of the logits (of a tree, by the likelier half at every
@@ -81,7 +82,7 @@ class ChangedPrediction(Prediction):
     """One whose logits follow from those of others.
 
     Args:
-        change: a function of a slice of the slots and, for these, the logits of the others.
+        change: a function of a slice of a text's tokens [B, N * K] and, for these, the logits of the others.
     """
 
     def __init__(self, head: nn.Module, change: Callable[..., Tensor], *others: Prediction):
@@ -90,12 +91,14 @@ class ChangedPrediction(Prediction):
 
     @cached_property
     def logits(self) -> Tensor:
-        return self._change(slice(None), *[other.logits for other in self._others])
+        logits = [other.logits for other in self._others]
+        changed = self._change(slice(None), *[value.flatten(1, 2) for value in logits])
+        return changed.view(logits[0].shape)
 
     @property
     def is_in_turn(self) -> bool:
         return all(other.is_in_turn for other in self._others)
 
-    def logits_in_turn(self, slot: int, ids: Tensor) -> Tensor:
-        logits = [other.logits_in_turn(slot, ids) for other in self._others]
-        return self._change(slice(slot, slot + 1), *logits)
+    def logits_in_turn(self, turn: int, ids: Tensor) -> Tensor:
+        logits = [other.logits_in_turn(turn, ids) for other in self._others]
+        return self._change(slice(turn, None, RUN), *logits)

@@ -6,9 +6,9 @@ prediction stays the same. `heun` corrects it with the prediction at s (Karras e
 space", 2022, algorithm 1). `ancestral` draws clean from the predicted posterior, token by token, and then z_s with
 fresh noise for a part of the old, more of it the larger eta (Song et al., "Denoising diffusion implicit models",
 2021, eqs. 12 and 16; eta 1: from q(z_s | z_t, clean), Ho et al. 2020, eq. 6): a walk that ends with the right
-distribution as steps become small, and unlike the flow forgets its mistakes. Where the model has learnt to draw the
-tokens of a patch in turn, each knowing those before it, it does so in every step, and `ancestral` ends at the level
-that the bound of this path ends at. States are float64.
+distribution as steps become small, and unlike the flow forgets its mistakes. Where the model has learnt to draw tokens
+in turn, each knowing those before it, `ancestral` does so in every step, and ends at the level where the bound of this
+path does. States are float64.
 
 All patches lose their noise together, or, with a block size, one block of patches after another, from left to right:
 what was written before is then read once and remembered.
@@ -31,6 +31,7 @@ from ds_tokimg.batch import PatchLayout
 from ds_tokimg.bound import DRAWN_SHARE, noise_levels
 from ds_tokimg.diffusion import START, alpha_sigma, timestep_of_log_snr
 from ds_tokimg.heads import draws_in_one_step
+from ds_tokimg.layers import RUN
 from ds_tokimg.loss import probabilities
 from ds_tokimg.model import JiT
 from ds_tokimg.prediction import ChangedPrediction, Prediction
@@ -46,8 +47,8 @@ class SamplingOptions:
     """How to sample.
 
     steps: network evaluations, of every block (two a step for `heun`, so half as many steps); None: MAX_STEPS, or, if
-        these are fewer, STEPS_PER_TOKEN for each token of a block; 1 for a block of one token, or of one patch whose
-        tokens are drawn in turn, that `ancestral` draws from a posterior over tokens: the first one is already right.
+        these are fewer, STEPS_PER_TOKEN for each token of a block; 1 for a block of one token, or of one run of tokens
+        that are drawn in turn, from which `ancestral` draws: the first posterior is already the right one.
     block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
     guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
         Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
@@ -162,14 +163,14 @@ class _Walk:
 
     def _normal(self) -> Tensor:
         """Standard normal [B, N, P], float64."""
-        return self._random((self.layout.values,), lambda draw, shape: draw.standard_normal(shape))
+        shape = (self.mask.shape[1], self.layout.values)
+        return self._random(shape, self.patches, lambda draw, shape: draw.standard_normal(shape))
 
-    def _random(self, shape: tuple[int, ...], draw_from: Callable) -> Tensor:
-        """[B, N, *shape] from each text's own generator, for its own patches only: independent of the batch."""
-        count = self.mask.shape[1]
-        values = np.ones((len(self.draws), count, *shape))
-        for row, draw, own in zip(values, self.draws, self.patches, strict=True):
-            row[:own] = draw_from(draw, (own, *shape))
+    def _random(self, shape: tuple[int, ...], own, draw_from: Callable) -> Tensor:
+        """[B, *shape] from each text's own generator, for its own first rows only: independent of the batch."""
+        values = np.ones((len(self.draws), *shape))
+        for row, draw, count in zip(values, self.draws, own, strict=True):
+            row[:count] = draw_from(draw, (count, *shape[1:]))
         return torch.from_numpy(values).to(self.device)
 
     def run(self) -> tuple[list[list[int]], int]:
@@ -283,8 +284,8 @@ class _Walk:
         # What a clean colour says of its token: hundreds of nats for the one, against all others.
         certain = head.log_likelihood(self.fixed_clean, *alpha_sigma(torch.zeros(1, 1, device=self.device)))
         where = self.fixed.view(self.fixed.shape + (1,) * (certain.dim() - 3))
-        certain = certain * where
-        return ChangedPrediction(head, lambda slots, logits: logits + certain[:, :, slots], prediction)
+        certain = (certain * where).flatten(1, 2)
+        return ChangedPrediction(head, lambda tokens, logits: logits + certain[:, tokens], prediction)
 
     # ---- steps ----
 
@@ -313,17 +314,20 @@ class _Walk:
         return self.model.head.colours(self._choose_all(prediction))
 
     def _choose_all(self, prediction: Prediction) -> Tensor:
-        """Candidates drawn for every token: independently, or those of a patch in turn."""
+        """Candidates drawn for every token: independently, or in turn."""
         if not prediction.is_in_turn:
-            return self._choose(prediction.logits)
+            return self._choose(prediction.logits, self.patches)
         ids = torch.zeros_like(self.fixed_ids)
-        for slot in range(ids.shape[-1]):
-            ids[..., slot] = self._choose(prediction.logits_in_turn(slot, ids))[..., 0]
+        tokens = ids.view(len(ids), -1)
+        for turn in range(min(RUN, tokens.shape[1])):
+            own = [len(range(turn, count * self.layout.slots, RUN)) for count in self.patches]
+            tokens[:, turn::RUN] = self._choose(prediction.logits_in_turn(turn, ids), own)
         return ids
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        """Draws from softmax(logits) along the last axis (Gumbel maximum, noise from each text's own generator)."""
-        exponential = self._random(logits.shape[2:], lambda draw, shape: draw.standard_exponential(shape))
+    def _choose(self, logits: Tensor, own) -> Tensor:
+        """Draws from softmax(logits) [B, n, …] along the last axis (Gumbel maximum, noise from each text's own
+        generator, for its `own` first rows of n)."""
+        exponential = self._random(logits.shape[1:], own, lambda draw, shape: draw.standard_exponential(shape))
         return (logits - exponential.log()).argmax(-1)
 
     def _last(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:

@@ -174,11 +174,11 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
 
 
 def in_turn_share(config: TrainConfig, model: JiT) -> float:
-    """The share of samples whose patches' tokens are predicted in turn."""
+    """The share of samples whose tokens are predicted in turn."""
     if not model.config.in_turn or config.in_turn is not None:
         return config.in_turn or 0.0
-    # Patches alone are never drawn otherwise, but the log's bits are those of many small steps (see `TrainingLoss`).
-    return 1.0 if config.block_size == 1 and config.timesteps == "noisy" else 0.5
+    # Patches alone are never drawn otherwise; but the log's bits are those of many small steps (see `TrainingLoss`).
+    return 1.0 if config.block_size == 1 and config.timesteps == "noisy" else 0.75
 
 
 def _compile(model: JiT, device: torch.device) -> None:

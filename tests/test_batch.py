@@ -58,7 +58,7 @@ def test_a_text_that_does_not_fit():
 def test_draws_do_not_depend_on_partition_or_padding(patch_noise, layout):
     texts = random_texts(50, LENGTHS, PROMPTS)
     maker = maker_of(
-        layout, patch_noise=patch_noise, condition_drop=0.5, self_conditioning=0.5, canvas=8, eos_id=7
+        layout, patch_noise=patch_noise, condition_drop=0.5, self_conditioning=0.5, canvas=8, eos_id=7, in_turn=0.5
     )  # fmt: skip
     indices, positions = np.array([5, 0, 3, 7, 1, 2, 6, 4]), np.arange(40, 48)
     whole = maker(texts, indices, positions, epoch=2)

@@ -53,22 +53,22 @@ def train(module, loss_of, steps: int = 1000, peak: float = 4e-3) -> None:
     module.eval()
 
 
-def bound_of_ours(source: Source, held_out: Texts, block_size: int) -> tuple[float, float]:
+def bound_of_ours(source: Source, held_out: Texts, block_size: int, in_turn: bool = False) -> tuple[float, float]:
     """Bits per token of a model trained on the source, and their standard error."""
     texts = source.texts(32_000, seed=0)
     torch.manual_seed(0)
-    model = JiT(
-        TokenCodec(VOCAB_SIZE), JiTConfig(2, 48, 2, patch_size=2, img_size=16, noisy_depth=1 if block_size else 0)
-    )
+    shape = {"patch_size": 2, "img_size": 16, "noisy_depth": 1 if block_size else 0, "in_turn": in_turn}
+    model = JiT(TokenCodec(VOCAB_SIZE), JiTConfig(2, 48, 2, **shape))
     module, layout = TrainingLoss(model), layout_of(model)
-    maker = BatchMaker(layout, module.timesteps, 0, patch_noise=0.0 if block_size else 0.5, block_size=block_size)
+    settings = {"patch_noise": 0.0 if block_size else 0.5, "block_size": block_size, "in_turn": 0.5 if in_turn else 0.0}
+    maker = BatchMaker(layout, module.timesteps, 0, **settings)
 
     def loss_of(indices):
         batch = maker(texts, indices, indices, 0)
         return module(batch)["loss_sum"] / module.count(batch)
 
     train(module, loss_of)
-    options = {"timesteps": module.timesteps, "num_levels": 16, "block_size": block_size}
+    options = {"timesteps": module.timesteps, "num_levels": 16, "block_size": block_size, "in_turn": in_turn}
     with torch.no_grad():
         bound = estimate_bound(lambda batch: module(batch, per_patch=True), held_out, layout, **options)
     return bound.bits_per_token, bound.standard_error
@@ -95,6 +95,7 @@ def test_trained_bounds_come_close_to_the_entropy_from_above(kind):
     figures["masked"] = (bound_of_reference(MaskedDiffusion, source, held_out), 0.02)
     for block_size in (0, 1):
         figures[f"blocks of {block_size}"] = bound_of_ours(source, held_out, block_size)
+    figures["in turn"] = bound_of_ours(source, held_out, 0, in_turn=True)
     for name, (figure, error) in figures.items():
         assert figure > entropy - 3 * error, (name, figure, entropy)
         assert figure < entropy + 3 * error + 0.12, (name, figure, entropy)

@@ -12,6 +12,7 @@ from ds_tokimg.batch import PatchLayout
 from ds_tokimg.codec import TokenCodec
 from ds_tokimg.diffusion import alpha_sigma
 from ds_tokimg.heads import TokenHead
+from ds_tokimg.layers import RUN
 from ds_tokimg.model import JiT, JiTConfig, Prediction
 
 
@@ -61,7 +62,7 @@ class ExactModel(nn.Module):
         codec: of a tiny vocabulary.
         texts: {text, a tuple of ids, all of one length: probability}.
         patch_size, img_size: of the images the texts are written into.
-        in_turn: the tokens of a patch are drawn in turn.
+        in_turn: tokens are drawn in turn.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class ExactModel(nn.Module):
     ) -> Prediction:
         self.evaluations.append(t)
         if in_turn is not None:
-            known = [self.posterior(noisy, t, (slot, in_turn[0]))[:, :, slot] for slot in range(self.slots)]
-            return Prediction.of_logits(self.head, torch.stack(known, 2).log().float())
+            known = self.posterior(noisy, t).flatten(1, 2)
+            for turn in range(min(RUN, known.shape[1])):
+                known[:, turn::RUN] = self.posterior(noisy, t, (turn, in_turn[0])).flatten(1, 2)[:, turn::RUN]
+            return Prediction.of_logits(self.head, known.unflatten(1, (-1, self.slots)).log().float())
         if self.config.in_turn:
             return ExactInTurn(self, noisy, t)
         if memory is not None:  # the patches so far, then these
@@ -125,7 +128,7 @@ class ExactModel(nn.Module):
     def posterior(self, noisy: Tensor, t: Tensor, drawn: tuple[int, Tensor] | None = None) -> Tensor:
         """p(token at each place | noisy), float64 [B, N, K, V]; places behind the texts get even ones.
 
-        drawn: (slot, ids [B, N, K]): in the slots before this one the tokens are known to be these.
+        drawn: (turn, ids [B, N, K]): the tokens of earlier turns are known to be these.
         """
         batch, patches, _ = noisy.shape
         length, vocab_size = self.texts.shape[1], self.codec.vocab_size
@@ -138,7 +141,7 @@ class ExactModel(nn.Module):
         per_token = torch.distributions.Normal(centres, sigma[..., None]).log_prob(z[:, :, None]).sum(-1)
         joint = self.log_prior + sum(per_token[:, i][:, self.texts[:, i]] for i in range(places))  # [B, texts]
         for place in range(places if drawn is not None else 0):
-            if place % self.slots < drawn[0]:
+            if place % RUN < drawn[0]:
                 is_other = self.texts[:, place] != drawn[1].flatten(1)[:, place, None]
                 joint = joint.masked_fill(is_other, -torch.inf)
         weights = joint.softmax(-1)
@@ -151,7 +154,7 @@ class ExactModel(nn.Module):
 
 
 class ExactInTurn(Prediction):
-    """What an ExactModel says when it is asked for the tokens of a patch in turn."""
+    """What an ExactModel says when it is asked for tokens in turn."""
 
     is_in_turn = True
 
@@ -160,8 +163,8 @@ class ExactInTurn(Prediction):
         self.posterior = lambda drawn=None: model.posterior(noisy, t, drawn).log().float()
         self.logits = self.posterior()
 
-    def logits_in_turn(self, slot: int, ids: Tensor) -> Tensor:
-        return self.posterior((slot, ids))[:, :, slot : slot + 1]
+    def logits_in_turn(self, turn: int, ids: Tensor) -> Tensor:
+        return self.posterior((turn, ids)).flatten(1, 2)[:, turn::RUN]
 
 
 def correlated_texts(vocab_size: int, length: int, seed: int = 0) -> dict[tuple[int, ...], float]:
