@@ -138,9 +138,8 @@ class BatchMaker:
         if self.block_size:
             batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
         if self.in_turn:
-            # Two places at a time, so that of these and of the others half have a noise level per patch.
-            places = np.asarray(positions if len(indices) else [0]) // 2
-            batch["in_turn"] = torch.from_numpy(_share_of(places, self.in_turn))
+            # Samples with a noise level per patch come first: those with one level are what a bound can be told from.
+            batch["in_turn"] = torch.from_numpy(_share_of(positions if len(indices) else [0], self.in_turn))
         if self.condition_drop is not None:
             prompts = [self._prompt(dataset, epoch, int(i)) for i in indices]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts or [np.zeros(0, np.int64)])

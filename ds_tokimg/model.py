@@ -297,12 +297,12 @@ class JiT(nn.Module):
         if self.neighbours is None:
             return Prediction(self.head, hidden, evidence)
         clean = context and (segments[-1].tokens, blocks.repeat_interleave(self.slots))
-        read = partial(self._read_tokens, hidden, tokens, slot_mask, memory and memory.tokens, clean)
-        read_turn = (lambda turn, ids: read((ids, None), slice(turn, None, RUN))) if self.config.in_turn else None
-        return Prediction(self.head, lambda: read(in_turn).view(hidden.shape), evidence, read_turn)
+        outputs = partial(self._outputs, hidden, tokens, slot_mask, memory and memory.tokens, clean)
+        of_turn = (lambda turn, ids: outputs((ids, None), slice(turn, None, RUN))) if self.config.in_turn else None
+        return Prediction(self.head, lambda: outputs(in_turn).view(hidden.shape), evidence, of_turn)
 
-    def _read_tokens(self, hidden, tokens, slot_mask, before, context, in_turn=None, wanted=slice(None)) -> Tensor:
-        """Outputs of tokens that hear their neighbours: of those that are wanted, [B, L, …], of hidden [B, N, K, …]."""
+    def _outputs(self, hidden, tokens, slot_mask, before, context, in_turn=None, wanted=slice(None)) -> Tensor:
+        """Of tokens that hear their neighbours, those that are wanted, [B, L, …] (`hidden`: [B, N, K, …])."""
         if in_turn is not None:
             ids, rows = in_turn
             clean = context[0] if context else self._on_slots(self.head.embed_ids(ids), slot_mask).flatten(1, 2)
