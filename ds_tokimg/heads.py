@@ -104,10 +104,6 @@ class CandidateTokens(nn.Module):
         self.slots, self.radix, self.digits_per_token = slots, codec.radix, codec.digits_per_token
         self.register_buffer("digit_table", codec.digit_table, persistent=False)  # [V, D] uint8, see DigitHead
 
-    def embed_ids(self, ids: Tensor) -> Tensor:
-        """Tokens that are certain [B, N, K] -> features [B, N, K, features / K]."""
-        raise NotImplementedError
-
     def codebook(self) -> Tensor:
         """Colours of the tokens, [V, D] float32."""
         return self.digit_table.float() * (2.0 / (self.radix - 1)) - 1.0
@@ -175,6 +171,7 @@ class TokenHead(CandidateTokens):
         return self.token_input(probabilities)
 
     def embed_ids(self, ids: Tensor) -> Tensor:
+        """Tokens that are certain [B, N, K] -> features [B, N, K, token_width]."""
         return self.token_input(ids)
 
     def logits(self, output: Tensor, evidence: Tensor) -> Tensor:
@@ -254,6 +251,7 @@ class TreeHead(CandidateTokens):
         return self._features(probabilities @ digits, ids, certain)
 
     def embed_ids(self, ids: Tensor) -> Tensor:
+        """Tokens that are certain [B, N, K] -> features as those of `features_of`."""
         digits = F.one_hot(self.digit_table[ids].long(), self.radix).flatten(-2)
         return self._features(digits, ids, torch.ones(ids.shape, device=ids.device))
 
