@@ -21,66 +21,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ds_tokimg.batch import PatchLayout, blocks_of, fill_canvas, stagger
-from ds_tokimg.diffusion import (
-    LOG_SNR_MIN,
-    LOG_SNR_START,
-    MARGIN,
-    bound_range,
-    information_rate,
-    timestep_of_log_snr,
-)
+from ds_tokimg.diffusion import LOG_SNR_MIN, LOG_SNR_START, MARGIN, timestep_of_log_snr
 from ds_tokimg.heads import draws_in_one_step
+from ds_tokimg.levels import DRAWN_SHARE, NoiseLevels, noise_levels
 from ds_tokimg.rng import Stream, generator, low_discrepancy
 
-# Tokens that are drawn in turn are drawn after this share of what a reader without context learns on the way from noise
-# to image: further on, what the network loses at every level costs more than what only the noise tells.
-DRAWN_SHARE = 0.2
 # Noise levels a text is evaluated at, in training and by `evaluate`.
 DEFAULT_LEVELS = 8
 # The share of correctly read tokens is reported between these timesteps.
 ACCURACY_BINS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
-
-
-@lru_cache(maxsize=8)
-def noise_levels(radix: int) -> NoiseLevels:
-    return NoiseLevels(radix)
-
-
-class NoiseLevels:
-    """Where the integral over log-SNR is sampled, for a code of `radix` levels.
-
-    Mostly in proportion to what a reader without context gains there, which keeps the weights of the estimate even;
-    a tenth is uniform over the whole range, so that no weight is large.
-    """
-
-    def __init__(self, radix: int):
-        whole = bound_range(radix)
-        self.grid = np.linspace(whole.low, whole.high, 513)
-        rate = np.array([float(information_rate(radix, value)) for value in self.grid])
-        density = 0.9 * rate / np.trapezoid(rate, self.grid) + 0.1 / (whole.high - whole.low)
-        steps = 0.5 * (density[1:] + density[:-1]) * np.diff(self.grid)
-        self._cumulative = np.concatenate([[0.0], steps.cumsum()])
-        # Quantiles are linear between grid points, so the density that counts is constant there.
-        self._density = steps / self._cumulative[-1] / np.diff(self.grid)
-        self._cumulative /= self._cumulative[-1]
-
-    def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """u in [0, 1) -> (log-SNR, its sampling density), float64 arrays."""
-        cell = np.clip(np.searchsorted(self._cumulative, u, side="right") - 1, 0, len(self._density) - 1)
-        value = self.grid[cell] + (u - self._cumulative[cell]) / self._density[cell]
-        return value, self._density[cell]
-
-    @property
-    def drawn_at(self) -> float:
-        """The log-SNR at which tokens are drawn in turn."""
-        return float(self.quantile(np.array(DRAWN_SHARE))[0])
 
 
 @dataclass(frozen=True)
@@ -172,118 +127,147 @@ def estimate_bound(
     """
     if not len(dataset):
         raise ValueError("there are no validation texts to bound")
-    levels = noise_levels(layout.codec.radix)
-    # Where tokens are drawn from what the network says of them, and how much of the path lies before.
-    drawn_at = LOG_SNR_START if one_step else levels.drawn_at if in_turn else None
-    share, trained = 1.0, 1.0
-    if in_turn and not one_step:
-        share, trained = DRAWN_SHARE, _trained_before(drawn_at, timesteps)
-    batches = _ValidationBatches(dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, drawn_at)
-    sums = torch.zeros(len(dataset), 3, dtype=torch.float64)  # nats, objective, valid pixels
-    by_level = torch.zeros(len(ACCURACY_BINS) - 1, 3, dtype=torch.float64)  # correct, invalid, tokens
-    groups = batches.groups(patches_per_batch)
-    # Every rank runs the same number of forward passes (ZeRO-3 gathers parameters in each): short ranks get empty ones.
-    rounds = -(-len(groups) // world_size)
-    mine = [groups[i] if i < len(groups) else np.zeros(0, int) for i in range(rank, rounds * world_size, world_size)]
-    for indices in mine:
+    path = _Path(noise_levels(layout.codec.radix), one_step, in_turn)
+    batches = _Batches(dataset, layout, path, seed, block_size, conditional, self_conditioning, canvas, eos_id)
+    sums = _Sums(path, timesteps, len(dataset))
+
+    @torch.no_grad()
+    def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        result = forward({name: value.to(device) for name, value in batch.items()})
+        return {name: value.double().cpu() for name, value in result.items()}  # sums per patch [B, N]
+
+    for indices in batches.of_rank(rank, world_size, patches_per_batch):
         for level in range(num_levels):
-            log_snr, density = levels.quantile(share * (level + batches.offsets(indices, block_size)) / num_levels)
-            batch = batches.make(indices, torch.from_numpy(log_snr), level, block_size)
-            result = _measure(forward, batch, device)
-            if len(indices):
-                _add(sums, by_level, indices, batch, result, log_snr, density / share * num_levels, timesteps)
-        if drawn_at is not None:
-            log_snr = torch.full((len(indices), 1), drawn_at, dtype=torch.float64)
-            batch = batches.make(indices, log_snr, num_levels, block_size)
-            if one_step:  # nothing has been predicted before a first step, and there are no others
-                batch.pop("self_condition", None)
-                sums[torch.from_numpy(indices), 0] = 0
-            if in_turn:
-                batch["in_turn"] = torch.ones(len(batch["ids"]), dtype=torch.bool)
-            nats = _measure(forward, batch, device)["nats"]
-            sums[torch.from_numpy(indices), 0] += nats.sum(1)[: len(indices)]
-    sums, by_level = all_reduce(sums), all_reduce(by_level)
-    sums[:, 1] /= trained
-    return _summary(sums, by_level, batches, layout, dataset, num_levels)
-
-
-def _trained_before(log_snr: float, timesteps) -> float:
-    """The share of the noise levels in training that lie before this one, within the integral."""
-    grid = torch.linspace(LOG_SNR_MIN, log_snr, 513, dtype=torch.float64)
-    return float(torch.trapezoid(timesteps.density(timestep_of_log_snr(grid)).double(), grid))
-
-
-@torch.no_grad()
-def _measure(forward: Callable, batch: dict[str, Tensor], device) -> dict[str, Tensor]:
-    """Sums per patch, float64 [B, N]."""
-    result = forward({name: value.to(device) for name, value in batch.items()})
-    return {name: value.double().cpu() for name, value in result.items()}
-
-
-def _add(sums, by_level, indices, batch, result, log_snr, weight, timesteps) -> None:
-    """Adds one batch's integrand to the sums of its samples. `weight`: sampling density times levels a sample."""
-    t = batch["t"].double().view(len(indices), -1)  # [B, N or 1], as are log_snr and weight
-    snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
-    rows = torch.from_numpy(indices)
-    if "squared_error" in result:
-        sums[rows, 0] += (0.5 * snr / weight * result["squared_error"]).sum(1)
-    # The objective is an average over the training's noise levels: importance weights turn ours into those.
-    sums[rows, 1] += (timesteps.density(t).double() / weight * result["loss"]).sum(1)
-    bins = torch.bucketize(t, torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True).expand_as(result["loss"])
-    tokens = batch["mask"].sum(-1).double()
-    counts = torch.stack([result["correct"], result["invalid"], tokens], -1)
-    by_level.index_add_(0, bins.flatten(), counts.flatten(0, 1))
-
-
-def _summary(sums, by_level, batches, layout, dataset, num_levels) -> Bound:
-    tokens = np.array([batches.text_tokens(i) for i in range(len(dataset))])
-    fixed = np.array([batches.fixed_nats(i) for i in range(len(dataset))])
-    pixels = sum(batches.scored_tokens(i) for i in range(len(dataset))) * layout.codec.token_size**2
-    correct, invalid, seen = by_level.sum(0).tolist()
-    bins = zip(ACCURACY_BINS, ACCURACY_BINS[1:], by_level.tolist(), strict=False)
+            log_snr, density = path.quantile((level + batches.offsets(indices)) / num_levels)
+            batch = batches.make(indices, log_snr, noise=level)
+            sums.add_level(indices, batch, measure(batch), log_snr, density * num_levels)
+        if path.drawn_at is not None:
+            sums.add_nats(indices, measure(batches.drawn(indices, noise=num_levels))["nats"])
+    sums.reduce(all_reduce)
+    pixels = int(batches.scored_tokens.sum()) * layout.codec.token_size**2
+    correct, invalid, seen = sums.reading.sum(0).tolist()
+    bins = zip(ACCURACY_BINS, ACCURACY_BINS[1:], sums.reading.tolist(), strict=False)
     return Bound(
-        nats=sums[:, 0].numpy() + fixed,
-        tokens=tokens,
+        nats=sums.nats.numpy() + batches.fixed_nats(),
+        tokens=batches.text_tokens,
         num_bytes=dataset.num_bytes,
-        loss=float(sums[:, 1].sum() / pixels),
+        loss=float(sums.objective.sum()) / path.trained(timesteps) / pixels,
         token_accuracy=correct / seen,
         accuracy_per_level={f"t{low}-{high}": c / n for low, high, (c, _, n) in bins if n},
         invalid_token_rate=invalid / seen,
     )
 
 
-class _ValidationBatches:
+@dataclass(frozen=True)
+class _Path:
+    """The way from noise to tokens that is bounded."""
+
+    levels: NoiseLevels
+    one_step: bool
+    in_turn: bool
+
+    @property
+    def drawn_at(self) -> float | None:
+        """The log-SNR where tokens are drawn from what the network says of them; None: they are read at the end."""
+        if self.one_step:
+            return LOG_SNR_START
+        return self.levels.drawn_at if self.in_turn else None
+
+    @property
+    def noisiest(self) -> float:
+        return LOG_SNR_START if self.one_step else LOG_SNR_MIN
+
+    @property
+    def share(self) -> float:
+        """How much of the noise levels lies before; objective and accuracy of a single step are those of all levels."""
+        return DRAWN_SHARE if self.in_turn and not self.one_step else 1.0
+
+    def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """u in [0, 1) -> (log-SNR before tokens are drawn, its sampling density)."""
+        log_snr, density = self.levels.quantile(self.share * u)
+        return log_snr, density / self.share
+
+    def trained(self, timesteps) -> float:
+        """The share of the noise levels in training that lie before tokens are drawn."""
+        if self.share == 1:
+            return 1.0
+        grid = torch.linspace(LOG_SNR_MIN, self.drawn_at, 513, dtype=torch.float64)
+        return float(torch.trapezoid(timesteps.density(timestep_of_log_snr(grid)).double(), grid))
+
+
+class _Sums:
+    """What is added up over batches, float64."""
+
+    def __init__(self, path: _Path, timesteps, texts: int):
+        self.path, self.timesteps = path, timesteps
+        self.nats, self.objective = (torch.zeros(texts, dtype=torch.float64) for _ in range(2))
+        # By timestep: tokens read correctly, colours that are no token, tokens.
+        self.reading = torch.zeros(len(ACCURACY_BINS) - 1, 3, dtype=torch.float64)
+
+    def add_level(self, indices, batch, result, log_snr: np.ndarray, weight: np.ndarray) -> None:
+        """Adds one batch's integrand to its texts. log_snr, weight (density times levels a text): [B, N or 1]."""
+        if not len(indices):
+            return
+        t = batch["t"].double().view(len(indices), -1)
+        snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
+        if not self.path.one_step:
+            self.add_nats(indices, 0.5 * snr / weight * result["squared_error"])
+        # The objective is an average over the training's noise levels: importance weights turn ours into those.
+        self.objective[indices] += (self.timesteps.density(t).double() / weight * result["loss"]).sum(1)
+        bins = torch.bucketize(t, torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True).expand_as(result["loss"])
+        counts = torch.stack([result["correct"], result["invalid"], batch["mask"].sum(-1).double()], -1)
+        self.reading.index_add_(0, bins.flatten(), counts.flatten(0, 1))
+
+    def add_nats(self, indices, nats: Tensor) -> None:
+        """nats: [B, N]."""
+        self.nats[indices] += nats.sum(1)[: len(indices)]
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        self.nats, self.objective, self.reading = map(all_reduce, (self.nats, self.objective, self.reading))
+
+
+class _Batches:
     """The texts as batches of similar length with fixed noise."""
 
-    def __init__(self, dataset, layout, seed, conditional, self_conditioning, canvas, eos_id, drawn_at):
-        self.dataset, self.layout, self.seed = dataset, layout, seed
-        self.conditional, self.self_conditioning = conditional, self_conditioning
-        self.canvas, self.eos_id, self.drawn_at = canvas, eos_id, drawn_at
-        lengths = [self.scored_tokens(i) for i in range(len(dataset))]
-        self.patches = np.asarray(layout.num_patches(lengths))
+    def __init__(self, dataset, layout, path: _Path, seed, block_size, conditional, self_conditioning, canvas, eos_id):
+        self.dataset, self.layout, self.path, self.seed = dataset, layout, path, seed
+        self.block_size, self.conditional, self.self_conditioning = block_size, conditional, self_conditioning
+        self.canvas, self.eos_id = canvas, eos_id
+        self.text_tokens = np.array([len(dataset.ids(i)) for i in range(len(dataset))])
+        self.scored_tokens = np.array([self._scored_tokens(i) for i in range(len(dataset))])
+        self.patches = np.asarray(layout.num_patches(self.scored_tokens))
 
-    def text_tokens(self, index: int) -> int:
-        return len(self.dataset.ids(index))
-
-    def scored_tokens(self, index: int) -> int:
+    def _scored_tokens(self, index: int) -> int:
         """The text's tokens and, for an answer, the EOS that fill up its canvas (and always its last patch)."""
-        own = self.text_tokens(index)
+        own = int(self.text_tokens[index])
         if not self.canvas or not len(self.dataset.prompt_ids(index)):
             return own
         return max(int(self.layout.num_patches([own])[0]), self.canvas) * self.layout.slots
 
     def ids(self, index: int) -> np.ndarray:
-        return fill_canvas(self.dataset.ids(index), self.scored_tokens(index), self.eos_id)
+        return fill_canvas(self.dataset.ids(index), int(self.scored_tokens[index]), self.eos_id)
 
-    def fixed_nats(self, index: int) -> float:
-        """The terms of the bound that need no network."""
-        codec = self.layout.codec
-        colours = codec.codebook[torch.from_numpy(self.ids(index))]
-        if self.drawn_at is None:
-            return float(prior_nats(colours).sum()) + colours.numel() * decoding_nats()
-        return float(prior_nats(colours, min(self.drawn_at, LOG_SNR_MIN)).sum())
+    def fixed_nats(self) -> np.ndarray:
+        """The terms of each text's bound that need no network."""
+        nats = np.zeros(len(self.dataset))
+        for index in range(len(nats)):
+            colours = self.layout.codec.codebook[torch.from_numpy(self.ids(index))]
+            nats[index] = prior_nats(colours, self.path.noisiest).sum()
+            if self.path.drawn_at is None:
+                nats[index] += colours.numel() * decoding_nats()
+        return nats
 
-    def groups(self, patches_per_batch: int) -> list[np.ndarray]:
+    def of_rank(self, rank: int, world_size: int, patches_per_batch: int) -> list[np.ndarray]:
+        """Indices of the texts of each of a rank's batches.
+
+        Every rank runs the same number of forward passes (ZeRO-3 gathers parameters in each): short ranks get empty
+        ones.
+        """
+        groups = self._groups(patches_per_batch)
+        groups += [np.zeros(0, int)] * (-len(groups) % world_size)
+        return groups[rank::world_size]
+
+    def _groups(self, patches_per_batch: int) -> list[np.ndarray]:
         """Indices of texts, similar lengths together, at most `patches_per_batch` patches (but at least a text)."""
         order = np.argsort(-self.patches, kind="stable")
         groups, start = [], 0
@@ -293,27 +277,37 @@ class _ValidationBatches:
             start += size
         return groups
 
-    def offsets(self, indices: np.ndarray, block_size: int) -> np.ndarray:
+    def offsets(self, indices: np.ndarray) -> np.ndarray:
         """Where within its stratum each sample, or each of its patches, has its noise level: [B, N or 1] in [0, 1)."""
         start = low_discrepancy(self.seed, Stream.VALIDATION, 0, indices)[:, None]
-        return (start + stagger(int(self.patches[indices].max(initial=1)), block_size)) % 1.0
+        return (start + stagger(int(self.patches[indices].max(initial=1)), self.block_size)) % 1.0
 
-    def make(self, indices: np.ndarray, log_snr: Tensor, level: int, block_size: int) -> dict[str, Tensor]:
+    def make(self, indices: np.ndarray, log_snr: np.ndarray, noise: int) -> dict[str, Tensor]:
+        """Texts at log-SNR [B, N or 1], with the `noise`-th of the noises that are fixed for each of them."""
         ids, mask = self.layout.pack([self.ids(int(i)) for i in indices] or [np.zeros(0, np.int64)])
-        noise = np.zeros((len(ids), ids.shape[1], self.layout.values), dtype=np.float32)
+        values = np.zeros((len(ids), ids.shape[1], self.layout.values), dtype=np.float32)
         for row, index in enumerate(indices):
-            draw = generator(self.seed, Stream.VALIDATION, 1 + level, int(index))
-            draw.standard_normal(dtype=np.float32, out=noise[row, : self.patches[index]])
-        t = timestep_of_log_snr(log_snr).float() if len(indices) else torch.zeros(1, 1)
-        batch = {"ids": ids, "mask": mask, "t": t.expand(-1, ids.shape[1]) if block_size else t[:, 0]}
-        batch["noise"] = torch.from_numpy(noise)
-        if block_size:
-            batch["blocks"] = blocks_of(ids.shape[1], block_size)
+            draw = generator(self.seed, Stream.VALIDATION, 1 + noise, int(index))
+            draw.standard_normal(dtype=np.float32, out=values[row, : self.patches[index]])
+        t = timestep_of_log_snr(torch.from_numpy(log_snr)).float() if len(indices) else torch.zeros(1, 1)
+        batch = {"ids": ids, "mask": mask, "t": t.expand(-1, ids.shape[1]) if self.block_size else t[:, 0]}
+        batch["noise"] = torch.from_numpy(values)
+        if self.block_size:
+            batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
         if self.conditional:
             prompts = [self.dataset.prompt_ids(int(i)) for i in indices] or [np.zeros(0, np.int64)]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts)
         if self.self_conditioning:
             batch["self_condition"] = torch.ones(len(ids), dtype=torch.bool)
+        return batch
+
+    def drawn(self, indices: np.ndarray, noise: int) -> dict[str, Tensor]:
+        """`make`, where tokens are drawn."""
+        batch = self.make(indices, np.full((len(indices), 1), self.path.drawn_at), noise)
+        if self.path.one_step:  # nothing has been predicted before a first step
+            batch.pop("self_condition", None)
+        if self.path.in_turn:
+            batch["in_turn"] = torch.ones(len(batch["ids"]), dtype=torch.bool)
         return batch
 
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from ds_tokimg.batch import PatchLayout
-from ds_tokimg.bound import DRAWN_SHARE, noise_levels
 from ds_tokimg.diffusion import START, alpha_sigma, timestep_of_log_snr
 from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.layers import RUN
+from ds_tokimg.levels import DRAWN_SHARE, noise_levels
 from ds_tokimg.loss import probabilities
 from ds_tokimg.model import JiT
 from ds_tokimg.prediction import ChangedPrediction, Prediction
