@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_tokimg.batch import PatchLayout, blocks_of, fill_canvas, stagger
-from ds_tokimg.diffusion import LOG_SNR_MIN, LOG_SNR_START, MARGIN, timestep_of_log_snr
+from ds_tokimg.batch import PatchLayout
+from ds_tokimg.diffusion import LOG_SNR_MIN, MARGIN
 from ds_tokimg.heads import draws_in_one_step
-from ds_tokimg.levels import DRAWN_SHARE, NoiseLevels, noise_levels
-from ds_tokimg.rng import Stream, generator, low_discrepancy
+from ds_tokimg.levels import NoiseLevels, SamplingPath
+from ds_tokimg.validation import ValidationBatches
 
 # Noise levels a text is evaluated at, in training and by `evaluate`.
 DEFAULT_LEVELS = 8
@@ -66,22 +66,6 @@ class Bound:
             return math.nan
         residual = self.nats / math.log(2) - self.bits_per_token * self.tokens
         return float(residual.std(ddof=1) * math.sqrt(len(residual)) / self.tokens.sum())
-
-
-def prior_nats(clean: Tensor, log_snr: float = LOG_SNR_MIN) -> Tensor:
-    """KL(q(z at log_snr) || N(0, 1)) of clean values [..., D], summed over the last axis, in nats."""
-    alpha2 = 1.0 / (1.0 + math.exp(-log_snr))
-    sigma2 = 1.0 - alpha2
-    return 0.5 * (alpha2 * clean.double() ** 2 + sigma2 - 1.0 - math.log(sigma2)).sum(-1)
-
-
-def decoding_nats() -> float:
-    """An upper bound on -E log p(digit | z at the cleanest level) for a reader without context, in nats a digit.
-
-    -log p = log(1 + sum of likelihood ratios); neighbours at distance 2 MARGIN deviations dominate, and
-    E log(1 + r) <= P(wrong side) * its mean size; both tails together stay below 2 Q(MARGIN) * (1 + MARGIN^2).
-    """
-    return math.erfc(MARGIN / math.sqrt(2)) * (1.0 + MARGIN**2)
 
 
 def estimate_bound(
@@ -127,8 +111,8 @@ def estimate_bound(
     """
     if not len(dataset):
         raise ValueError("there are no validation texts to bound")
-    path = _Path(noise_levels(layout.codec.radix), one_step, in_turn)
-    batches = _Batches(dataset, layout, path, seed, block_size, conditional, self_conditioning, canvas, eos_id)
+    path = SamplingPath(NoiseLevels.of(layout.codec.radix), one_step, in_turn)
+    batches = ValidationBatches(dataset, layout, path, seed, block_size, conditional, self_conditioning, canvas, eos_id)
     sums = _Sums(path, timesteps, len(dataset))
 
     @torch.no_grad()
@@ -148,7 +132,7 @@ def estimate_bound(
     correct, invalid, seen = sums.reading.sum(0).tolist()
     bins = zip(ACCURACY_BINS, ACCURACY_BINS[1:], sums.reading.tolist(), strict=False)
     return Bound(
-        nats=sums.nats.numpy() + batches.fixed_nats(),
+        nats=sums.nats.numpy() + _fixed_nats(batches, layout.codec),
         tokens=batches.text_tokens,
         num_bytes=dataset.num_bytes,
         loss=float(sums.objective.sum()) / path.trained(timesteps) / pixels,
@@ -158,47 +142,37 @@ def estimate_bound(
     )
 
 
-@dataclass(frozen=True)
-class _Path:
-    """The way from noise to tokens that is bounded."""
+def prior_nats(clean: Tensor, log_snr: float = LOG_SNR_MIN) -> Tensor:
+    """KL(q(z at log_snr) || N(0, 1)) of clean values [..., D], summed over the last axis, in nats."""
+    alpha2 = 1.0 / (1.0 + math.exp(-log_snr))
+    sigma2 = 1.0 - alpha2
+    return 0.5 * (alpha2 * clean.double() ** 2 + sigma2 - 1.0 - math.log(sigma2)).sum(-1)
 
-    levels: NoiseLevels
-    one_step: bool
-    in_turn: bool
 
-    @property
-    def drawn_at(self) -> float | None:
-        """The log-SNR where tokens are drawn from what the network says of them; None: they are read at the end."""
-        if self.one_step:
-            return LOG_SNR_START
-        return self.levels.drawn_at if self.in_turn else None
+def decoding_nats() -> float:
+    """An upper bound on -E log p(digit | z at the cleanest level) for a reader without context, in nats a digit.
 
-    @property
-    def noisiest(self) -> float:
-        return LOG_SNR_START if self.one_step else LOG_SNR_MIN
+    -log p = log(1 + sum of likelihood ratios); neighbours at distance 2 MARGIN deviations dominate, and
+    E log(1 + r) <= P(wrong side) * its mean size; both tails together stay below 2 Q(MARGIN) * (1 + MARGIN^2).
+    """
+    return math.erfc(MARGIN / math.sqrt(2)) * (1.0 + MARGIN**2)
 
-    @property
-    def share(self) -> float:
-        """How much of the noise levels lies before; objective and accuracy of a single step are those of all levels."""
-        return DRAWN_SHARE if self.in_turn and not self.one_step else 1.0
 
-    def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """u in [0, 1) -> (log-SNR before tokens are drawn, its sampling density)."""
-        log_snr, density = self.levels.quantile(self.share * u)
-        return log_snr, density / self.share
-
-    def trained(self, timesteps) -> float:
-        """The share of the noise levels in training that lie before tokens are drawn."""
-        if self.share == 1:
-            return 1.0
-        grid = torch.linspace(LOG_SNR_MIN, self.drawn_at, 513, dtype=torch.float64)
-        return float(torch.trapezoid(timesteps.density(timestep_of_log_snr(grid)).double(), grid))
+def _fixed_nats(batches: ValidationBatches, codec) -> np.ndarray:
+    """The terms of each text's bound that need no network."""
+    nats = np.zeros(len(batches))
+    for index in range(len(nats)):
+        colours = codec.codebook[torch.from_numpy(batches.ids(index))]
+        nats[index] = prior_nats(colours, batches.path.noisiest).sum()
+        if batches.path.drawn_at is None:
+            nats[index] += colours.numel() * decoding_nats()
+    return nats
 
 
 class _Sums:
     """What is added up over batches, float64."""
 
-    def __init__(self, path: _Path, timesteps, texts: int):
+    def __init__(self, path: SamplingPath, timesteps, texts: int):
         self.path, self.timesteps = path, timesteps
         self.nats, self.objective = (torch.zeros(texts, dtype=torch.float64) for _ in range(2))
         # By timestep: tokens read correctly, colours that are no token, tokens.
@@ -224,91 +198,6 @@ class _Sums:
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         self.nats, self.objective, self.reading = map(all_reduce, (self.nats, self.objective, self.reading))
-
-
-class _Batches:
-    """The texts as batches of similar length with fixed noise."""
-
-    def __init__(self, dataset, layout, path: _Path, seed, block_size, conditional, self_conditioning, canvas, eos_id):
-        self.dataset, self.layout, self.path, self.seed = dataset, layout, path, seed
-        self.block_size, self.conditional, self.self_conditioning = block_size, conditional, self_conditioning
-        self.canvas, self.eos_id = canvas, eos_id
-        self.text_tokens = np.array([len(dataset.ids(i)) for i in range(len(dataset))])
-        self.scored_tokens = np.array([self._scored_tokens(i) for i in range(len(dataset))])
-        self.patches = np.asarray(layout.num_patches(self.scored_tokens))
-
-    def _scored_tokens(self, index: int) -> int:
-        """The text's tokens and, for an answer, the EOS that fill up its canvas (and always its last patch)."""
-        own = int(self.text_tokens[index])
-        if not self.canvas or not len(self.dataset.prompt_ids(index)):
-            return own
-        return max(int(self.layout.num_patches([own])[0]), self.canvas) * self.layout.slots
-
-    def ids(self, index: int) -> np.ndarray:
-        return fill_canvas(self.dataset.ids(index), int(self.scored_tokens[index]), self.eos_id)
-
-    def fixed_nats(self) -> np.ndarray:
-        """The terms of each text's bound that need no network."""
-        nats = np.zeros(len(self.dataset))
-        for index in range(len(nats)):
-            colours = self.layout.codec.codebook[torch.from_numpy(self.ids(index))]
-            nats[index] = prior_nats(colours, self.path.noisiest).sum()
-            if self.path.drawn_at is None:
-                nats[index] += colours.numel() * decoding_nats()
-        return nats
-
-    def of_rank(self, rank: int, world_size: int, patches_per_batch: int) -> list[np.ndarray]:
-        """Indices of the texts of each of a rank's batches.
-
-        Every rank runs the same number of forward passes (ZeRO-3 gathers parameters in each): short ranks get empty
-        ones.
-        """
-        groups = self._groups(patches_per_batch)
-        groups += [np.zeros(0, int)] * (-len(groups) % world_size)
-        return groups[rank::world_size]
-
-    def _groups(self, patches_per_batch: int) -> list[np.ndarray]:
-        """Indices of texts, similar lengths together, at most `patches_per_batch` patches (but at least a text)."""
-        order = np.argsort(-self.patches, kind="stable")
-        groups, start = [], 0
-        while start < len(order):
-            size = max(1, patches_per_batch // max(1, int(self.patches[order[start]])))
-            groups.append(order[start : start + size])
-            start += size
-        return groups
-
-    def offsets(self, indices: np.ndarray) -> np.ndarray:
-        """Where within its stratum each sample, or each of its patches, has its noise level: [B, N or 1] in [0, 1)."""
-        start = low_discrepancy(self.seed, Stream.VALIDATION, 0, indices)[:, None]
-        return (start + stagger(int(self.patches[indices].max(initial=1)), self.block_size)) % 1.0
-
-    def make(self, indices: np.ndarray, log_snr: np.ndarray, noise: int) -> dict[str, Tensor]:
-        """Texts at log-SNR [B, N or 1], with the `noise`-th of the noises that are fixed for each of them."""
-        ids, mask = self.layout.pack([self.ids(int(i)) for i in indices] or [np.zeros(0, np.int64)])
-        values = np.zeros((len(ids), ids.shape[1], self.layout.values), dtype=np.float32)
-        for row, index in enumerate(indices):
-            draw = generator(self.seed, Stream.VALIDATION, 1 + noise, int(index))
-            draw.standard_normal(dtype=np.float32, out=values[row, : self.patches[index]])
-        t = timestep_of_log_snr(torch.from_numpy(log_snr)).float() if len(indices) else torch.zeros(1, 1)
-        batch = {"ids": ids, "mask": mask, "t": t.expand(-1, ids.shape[1]) if self.block_size else t[:, 0]}
-        batch["noise"] = torch.from_numpy(values)
-        if self.block_size:
-            batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
-        if self.conditional:
-            prompts = [self.dataset.prompt_ids(int(i)) for i in indices] or [np.zeros(0, np.int64)]
-            batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts)
-        if self.self_conditioning:
-            batch["self_condition"] = torch.ones(len(ids), dtype=torch.bool)
-        return batch
-
-    def drawn(self, indices: np.ndarray, noise: int) -> dict[str, Tensor]:
-        """`make`, where tokens are drawn."""
-        batch = self.make(indices, np.full((len(indices), 1), self.path.drawn_at), noise)
-        if self.path.one_step:  # nothing has been predicted before a first step
-            batch.pop("self_condition", None)
-        if self.path.in_turn:
-            batch["in_turn"] = torch.ones(len(batch["ids"]), dtype=torch.bool)
-        return batch
 
 
 class _Texts:

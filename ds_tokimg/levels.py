@@ -1,21 +1,18 @@
-"""Where between noise and image a code is read: the noise levels at which the bound is measured and sampling steps."""
+"""Where between noise and image a code is read: the noise levels of the bound, and those that sampling steps on."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
-from ds_tokimg.diffusion import bound_range, information_rate
+from ds_tokimg.diffusion import LOG_SNR_MIN, LOG_SNR_START, bound_range, information_rate, timestep_of_log_snr
 
 # Tokens that are drawn in turn are drawn after this share of what a reader without context learns on the way from noise
 # to image: further on, what the network loses at every level costs more than what only the noise tells.
 DRAWN_SHARE = 0.2
-
-
-@lru_cache(maxsize=8)
-def noise_levels(radix: int) -> NoiseLevels:
-    return NoiseLevels(radix)
 
 
 class NoiseLevels:
@@ -36,6 +33,12 @@ class NoiseLevels:
         self._density = steps / self._cumulative[-1] / np.diff(self.grid)
         self._cumulative /= self._cumulative[-1]
 
+    @classmethod
+    @lru_cache(maxsize=8)
+    def of(cls, radix: int) -> NoiseLevels:
+        """Those of a code, computed once."""
+        return cls(radix)
+
     def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """u in [0, 1) -> (log-SNR, its sampling density), float64 arrays."""
         cell = np.clip(np.searchsorted(self._cumulative, u, side="right") - 1, 0, len(self._density) - 1)
@@ -46,3 +49,40 @@ class NoiseLevels:
     def drawn_at(self) -> float:
         """The log-SNR at which tokens are drawn in turn."""
         return float(self.quantile(np.array(DRAWN_SHARE))[0])
+
+
+@dataclass(frozen=True)
+class SamplingPath:
+    """The way from noise to tokens that is bounded."""
+
+    levels: NoiseLevels
+    one_step: bool
+    in_turn: bool
+
+    @property
+    def drawn_at(self) -> float | None:
+        """The log-SNR where tokens are drawn from what the network says of them; None: they are read at the end."""
+        if self.one_step:
+            return LOG_SNR_START
+        return self.levels.drawn_at if self.in_turn else None
+
+    @property
+    def noisiest(self) -> float:
+        return LOG_SNR_START if self.one_step else LOG_SNR_MIN
+
+    @property
+    def share(self) -> float:
+        """How much of the noise levels lies before; objective and accuracy of a single step are those of all levels."""
+        return DRAWN_SHARE if self.in_turn and not self.one_step else 1.0
+
+    def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """u in [0, 1) -> (log-SNR before tokens are drawn, its sampling density)."""
+        log_snr, density = self.levels.quantile(self.share * u)
+        return log_snr, density / self.share
+
+    def trained(self, timesteps) -> float:
+        """The share of the noise levels in training that lie before tokens are drawn."""
+        if self.share == 1:
+            return 1.0
+        grid = torch.linspace(LOG_SNR_MIN, self.drawn_at, 513, dtype=torch.float64)
+        return float(torch.trapezoid(timesteps.density(timestep_of_log_snr(grid)).double(), grid))

@@ -31,7 +31,7 @@ from ds_tokimg.batch import PatchLayout
 from ds_tokimg.diffusion import START, alpha_sigma, timestep_of_log_snr
 from ds_tokimg.heads import draws_in_one_step
 from ds_tokimg.layers import RUN
-from ds_tokimg.levels import DRAWN_SHARE, noise_levels
+from ds_tokimg.levels import DRAWN_SHARE, NoiseLevels
 from ds_tokimg.loss import probabilities
 from ds_tokimg.model import JiT
 from ds_tokimg.prediction import ChangedPrediction, Prediction
@@ -80,7 +80,7 @@ def timestep_grid(radix: int, steps: int, in_turn: bool = False) -> Tensor:
 
     in_turn: the last prediction, from which tokens are read, is at `NoiseLevels.drawn_at`.
     """
-    levels = noise_levels(radix)
+    levels = NoiseLevels.of(radix)
     if in_turn:
         quantiles = DRAWN_SHARE * (np.arange(steps - 1) + 1) / max(1, steps - 1)
     else:
