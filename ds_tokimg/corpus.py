@@ -57,6 +57,11 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
 
+def _array(column) -> np.ndarray:
+    """An Arrow column's numbers where they are. (`to_numpy` would import pandas first.)"""
+    return np.from_dlpack(column)
+
+
 class Corpus:
     """The documents of a corpus, as columns of memory-mapped Arrow batches.
 
@@ -71,13 +76,13 @@ class Corpus:
 
     def _texts(self, name: str) -> tuple[TokenStream, np.ndarray]:
         columns = [batch.column(name) for batch in self._batches]
-        stream = TokenStream([column.values.to_numpy() for column in columns])
+        stream = TokenStream([_array(column.values) for column in columns])
         if len(stream) == 0:  # no prompts: a length array without memory
             return stream, np.broadcast_to(np.int32(0), sum(map(len, columns)))
-        return stream, np.concatenate([np.diff(column.offsets.to_numpy()) for column in columns])
+        return stream, np.concatenate([np.diff(_array(column.offsets)) for column in columns])
 
     def _numbers(self, name: str) -> np.ndarray:
-        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
+        return np.concatenate([_array(batch.column(name)) for batch in self._batches])
 
     @property
     def num_bytes(self) -> np.ndarray:
