@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_tokimg.diffusion import log_snr
+from ds_tokimg.fused import gated_silu, rms_norm, rotate
 
 # Tokens that are drawn one after another, by models that have learnt it: runs of so many, side by side. Longer ones
 # gain next to nothing.
@@ -59,15 +60,13 @@ class Block(nn.Module):
         wanted: int | None = None,
     ) -> Tensor:
         """x [B, N, C]; time [B, N or 1, 6C]; see `Attention`. `wanted`: the result is of the last so many positions."""
-        modulation = time + self.offset
-        shift, scale = modulation[..., : 2 * x.shape[-1]].chunk(2, -1)  # [B, N or 1, C]
-        mixed = self.attention(torch.addcmul(shift, self.norm1(x), 1 + scale), rotation, keys, past, wanted)
+        # Each [B, N or 1, C], by one operation: the gradient of a slice is a slice in zeros as wide as the whole.
+        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.offset).chunk(6, -1)
+        mixed = self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, keys, past, wanted)
         if wanted is not None:
-            x = x[:, -wanted:]
-            modulation = modulation[:, -wanted:]
-        gate1, shift, scale, gate2 = modulation[..., 2 * x.shape[-1] :].chunk(4, -1)
-        x = x + gate1 * mixed
-        return x + gate2 * self.mlp(torch.addcmul(shift, self.norm2(x), 1 + scale))
+            x, gate1, shift2, scale2, gate2 = (part[:, -wanted:] for part in (x, gate1, shift2, scale2, gate2))
+        x = torch.addcmul(x, gate1, mixed)
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
 
 
 class Attention(nn.Module):
@@ -204,8 +203,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(gated_silu(self.gate_up(x)))
 
 
 class RMSNorm(nn.Module):
@@ -216,8 +214,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Under autocast x may be in half precision; the fused kernel wants the weight to be alike.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+        # Under autocast x may be in half precision; the weight has to be alike.
+        return rms_norm(x, self.weight.to(x.dtype), 1e-6)
 
 
 class FinalLayer(nn.Module):
@@ -233,12 +231,6 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(time)).chunk(2, -1)
         return torch.addcmul(shift, self.norm(x), 1 + scale)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel pairs (i, i + d/2) of x [B, heads, N, d] by the angles of cos and sin."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def rope_frequencies(count: int, device) -> Tensor:
