@@ -84,3 +84,78 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     first, second = x.chunk(2, -1)
     turned = (first * cos).addcmul_(second, sin, value=-direction)
     return torch.cat([turned, (second * cos).addcmul_(first, sin, value=direction)], -1)
+
+
+def around(
+    tokens: Tensor,
+    clean: Tensor | None,
+    without_noise: Tensor | None,
+    silent: Tensor | None,
+    distances: list[int],
+    length: int,
+    wanted: slice = slice(None),
+) -> Tensor:
+    """Of each of the last `length` tokens those at the given distances, side by side; zeros where there is none.
+
+    Args:
+        tokens, clean: [B, M + length, F], a noisy and a clean version; `clean` None: there is no other.
+        without_noise: where the clean one is taken, bool [D, B or 1, length]; with `clean`.
+        silent: where neither is, bool [D, length], or None: nowhere.
+        wanted: which of the last `length` tokens.
+
+    Returns [B, wanted, D * F].
+    """
+    return _Around.apply(tokens, clean, without_noise, silent, distances, length, wanted)
+
+
+class _Around(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, clean, without_noise, silent, distances, length, wanted) -> Tensor:
+        ctx.save_for_backward(without_noise, silent)
+        ctx.shape, ctx.places = tokens.shape, _places(tokens.shape[1], length, distances, wanted)
+        ctx.wanted = wanted
+        count = len(range(length)[wanted])
+        result = tokens.new_empty(len(tokens), count, len(distances), tokens.shape[-1])
+        for index, (into, source) in enumerate(ctx.places):
+            result[:, : into.start, index] = 0
+            result[:, into.stop :, index] = 0
+            if clean is None:
+                result[:, into, index] = tokens[:, source]
+            else:
+                choice = without_noise[index][:, wanted][:, into, None]
+                torch.where(choice, clean[:, source], tokens[:, source], out=result[:, into, index])
+        if silent is not None:
+            result.masked_fill_(silent[:, wanted].t()[..., None], 0)
+        return result.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        without_noise, silent = ctx.saved_tensors
+        grad = grad.unflatten(-1, (len(ctx.places), -1))
+        if silent is not None:
+            grad = grad.masked_fill(silent[:, ctx.wanted].t()[..., None], 0)
+        to_tokens = grad.new_zeros(ctx.shape)
+        to_clean = None if without_noise is None else grad.new_zeros(ctx.shape)
+        for index, (into, source) in enumerate(ctx.places):
+            part = grad[:, into, index]
+            if to_clean is None:
+                to_tokens[:, source] += part
+            else:
+                choice = without_noise[index][:, ctx.wanted][:, into, None].to(grad.dtype)
+                to_clean[:, source].addcmul_(part, choice)
+                to_tokens[:, source].addcmul_(part, 1 - choice)
+        return to_tokens, to_clean, None, None, None, None, None
+
+
+def _places(total: int, length: int, distances: list[int], wanted: slice) -> list[tuple[slice, slice]]:
+    """For each distance, which of the wanted tokens have one so far away, and where that is among all of them."""
+    start, _, step = wanted.indices(length)
+    count, first = len(range(length)[wanted]), total - length + start
+    result = []
+    for distance in distances:
+        low = max(0, -((first + distance) // step))  # the first with first + low * step + distance >= 0
+        high = max(low, min(count, -((first + distance - total) // step)))
+        at = first + distance + low * step
+        result.append((slice(low, high), slice(at, at + (high - low) * step, step) if high > low else slice(0, 0)))
+    return result

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_tokimg.diffusion import log_snr
-from ds_tokimg.fused import gated_silu, rms_norm, rotate
+from ds_tokimg.fused import around, gated_silu, rms_norm, rotate
 
 # Tokens that are drawn one after another, by models that have learnt it: runs of so many, side by side. Longer ones
 # gain next to nothing.
@@ -101,11 +101,11 @@ class InTurn(NamedTuple):
     clean: Tensor  # [B, L, F], features of the tokens that were drawn; those of later turns are not looked at
     rows: Tensor | None = None  # [B] bool, texts that are drawn so; None: all
 
-    def hear(self, distance: int, places: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
-        """What tokens at these places of their blocks, [L], hear of the one so far away, given both versions of that
-        [B, L, F]: without noise if it was drawn before."""
-        earlier = ((places + distance) % RUN < places % RUN)[:, None]
-        return torch.where(earlier if self.rows is None else earlier & self.rows[:, None, None], clean, noisy)
+    def heard(self, distances: Tensor, places: Tensor) -> Tensor:
+        """Whether tokens at these places of their blocks, [L], hear those so far away without noise, because they were
+        drawn before them: bool [D, B or 1, L]."""
+        earlier = ((places + distances[:, None]) % RUN < places % RUN)[:, None]
+        return earlier if self.rows is None else earlier & self.rows[:, None]
 
 
 class Neighbours(nn.Module):
@@ -140,35 +140,27 @@ class Neighbours(nn.Module):
         in_turn: those of its own block that were drawn before it are heard without noise.
         wanted: the tokens that the result is of.
         """
-        length = tokens.shape[1]
+        length, device = tokens.shape[1], tokens.device
         sides = [distance for distance in range(-self.reach, self.reach + 1) if distance]
-        heard = [self._at(distance, tokens, before) for distance in sides]
-        if in_turn is not None:
-            places = torch.arange(length, device=tokens.device)
-            if context is not None:
-                places = places - torch.searchsorted(context[1], context[1])
-            for index, distance in enumerate(sides):
-                heard[index] = in_turn.hear(distance, places, self._at(distance, in_turn.clean), heard[index])
+        distances, places = torch.tensor(sides, device=device), torch.arange(length, device=device)
+        clean, without_noise, silent = None, None, None
         if context is not None:
             clean, blocks = context
-            for index, distance in enumerate(sides):
-                same = (self._at(distance, blocks[None, :, None] + 1) == blocks[:, None] + 1).expand(1, length, 1)
-                other = self._at(distance, clean) if distance < 0 else 0.0
-                heard[index] = torch.where(same, heard[index], other)
-        return self.output(torch.cat([value[:, wanted] for value in heard], -1))
+            others = blocks[(places + distances[:, None]).clamp(0, length - 1)] - blocks  # [D, L]
+            without_noise, silent = (others < 0)[:, None], others > 0
+            places = places - torch.searchsorted(blocks, blocks)
+        if in_turn is not None:
+            clean, drawn = in_turn.clean, in_turn.heard(distances, places)
+            without_noise = drawn if context is None else drawn & (others == 0)[:, None] | without_noise
+        if before is not None:
+            tokens = torch.cat([before, tokens], 1)
+            clean = None if clean is None else torch.cat([before, clean], 1)
+        return self.output(around(tokens, clean, without_noise, silent, sides, length, wanted))
 
     def last(self, tokens: Tensor, before: Tensor | None) -> Tensor:
         """Of tokens [B, L, F], after those `before`, what the next ones hear: [B, reach, F]."""
-        return self._after(tokens, before)[:, -self.reach :]
-
-    def _after(self, tokens: Tensor, before: Tensor | None) -> Tensor:
-        return F.pad(tokens, (0, 0, self.reach, 0)) if before is None else torch.cat([before, tokens], 1)
-
-    def _at(self, distance: int, tokens: Tensor, before: Tensor | None = None) -> Tensor:
-        """Of each of the tokens [B, L, F] the one that is so far away from it; zeros where there is none."""
-        if distance > 0:
-            return F.pad(tokens[:, distance:], (0, 0, 0, min(distance, tokens.shape[1])))
-        return self._after(tokens, before)[:, self.reach + distance : distance]
+        preceding = tokens if before is None else torch.cat([before, tokens], 1)
+        return F.pad(preceding, (0, 0, self.reach, 0))[:, -self.reach :]
 
 
 class TokenMLP(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_tokimg.fused import gated_silu, rms_norm, rotate
+from ds_tokimg.fused import around, gated_silu, rms_norm, rotate
 
 
 def draw(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -95,3 +95,45 @@ def test_no_more_is_kept_than_the_backward_pass_reads(function, inputs, kept):
     ):
         function(*(value.requires_grad_() for value in inputs()))
     assert sum(seen) == kept
+
+
+# ---- the tokens around a token ----
+
+DISTANCES = [-2, -1, 1, 2]
+
+
+def surroundings(before: int, versions: bool, gaps: bool, length: int = 7):
+    """Arguments of `around` for two texts."""
+    coin = torch.Generator().manual_seed(0)
+    tokens, clean = draw(2, before + length, 3), draw(2, before + length, 3) + 10 if versions else None
+    without_noise = torch.rand(len(DISTANCES), 2, length, generator=coin) < 0.5 if versions else None
+    silent = torch.rand(len(DISTANCES), length, generator=coin) < 0.3 if gaps else None
+    return tokens, clean, without_noise, silent, DISTANCES, length
+
+
+@pytest.mark.parametrize("wanted", [slice(None), slice(3, None, 4), slice(6, None, 16)])
+@pytest.mark.parametrize(("before", "versions", "gaps"), [(0, False, False), (0, True, True), (2, True, False)])
+def test_tokens_around_are_picked_one_by_one(before, versions, gaps, wanted):
+    tokens, clean, without_noise, silent, _, length = case = surroundings(before, versions, gaps)
+    result = around(*case, wanted).unflatten(-1, (len(DISTANCES), 3))
+    for row in range(2):
+        for column, place in enumerate(range(length)[wanted]):
+            for index, distance in enumerate(DISTANCES):
+                source = before + place + distance
+                expected = torch.zeros(3, dtype=tokens.dtype)
+                if 0 <= source < before + length and not (gaps and silent[index, place]):
+                    version = clean if versions and without_noise[index, row, place] else tokens
+                    expected = version[row, source]
+                assert torch.equal(result[row, column, index], expected)
+
+
+@pytest.mark.parametrize("wanted", [slice(None), slice(1, None, 4)])
+@pytest.mark.parametrize(("before", "versions", "gaps"), [(0, False, True), (0, True, True), (2, True, False)])
+def test_tokens_around_have_the_gradients_of_finite_differences(before, versions, gaps, wanted):
+    tokens, clean, *rest = surroundings(before, versions, gaps)
+    inputs = [value.requires_grad_() for value in (tokens, clean) if value is not None]
+    assert torch.autograd.gradcheck(lambda *values: around(*values, *[None] * (2 - len(values)), *rest, wanted), inputs)
+
+
+def test_texts_shorter_than_the_reach():
+    assert around(draw(1, 1, 3), None, None, None, DISTANCES, 1).tolist() == [[[0.0] * 12]]
