@@ -1,11 +1,12 @@
 """Which share of the machine's rate on large matrix products the training step reaches.
 
-    python benchmarks/efficiency.py [--model JiT-B/4] [--batch 4] [--tokens 4096] > benchmarks/efficiency.md
+    python benchmarks/efficiency.py [--model JiT-B/4 --batch 4 --tokens 4096] > benchmarks/efficiency.md
 
 Both rates are measured in one process, taking turns; each model has a process of its own, as a run has. The step is the
 trainer's own (DeepSpeed engine, stage 0, fp32, AdamW, clipping, one moving average) on full images. Its operations are
 those of `ds_tokimg.flops`: the matrix products of the model's definition, 2 per multiply-add, forward plus backward;
-nothing that an implementation adds to them, and nothing for norms, softmax or the optimiser.
+nothing that an implementation adds to them, and nothing for norms, softmax or the optimiser. `default recipe` is that
+of `launch/train.sh`: small micro-batches, from left to right.
 """
 
 import argparse
@@ -25,13 +26,14 @@ from ds_tokimg.flops import train_flops
 
 SIZE = 2048  # of the square matrices that the step is compared with
 #        name, images a batch, tokens an image
-MODELS = (("JiT-B/4", 4, 4096), ("JiT-XS/2", 16, 256))
+MODELS = (("JiT-B/4", 4, 4096), ("JiT-XS/2", 16, 256), ("default recipe", 2, 256))
+RECIPE = {"model": "JiT-XS/2", "token_size": 2, "block_size": 1, "noisy_depth": 1, "timesteps": "noisy"}
 TARGETS = {"JiT-B/4": "≥ 0.8", "JiT-XS/2": "≥ 0.5"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="one model instead of the two with a target")
+    parser.add_argument("--model", help="one model (or 'default recipe') instead of the three")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=9)
@@ -48,7 +50,8 @@ def main() -> None:
 
 
 def print_share(name: str, batch: int, tokens: int, repetitions: int) -> None:
-    config = TrainConfig(data_path="-", model=name, batch_size=batch)
+    options = RECIPE if name == "default recipe" else {"model": name}
+    config = TrainConfig(data_path="-", batch_size=batch, **options)
     engine = engine_of(config)
     micro_batch = batch_of(engine.module, config, [tokens] * batch)
     flops = train_flops(engine.module.model, micro_batch)

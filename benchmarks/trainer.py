@@ -56,7 +56,8 @@ def module_of(config: TrainConfig) -> TrainingLoss:
     """Model and objective with random weights, for random texts of the config's vocabulary."""
     torch.manual_seed(0)
     codec = TokenCodec(config.vocab_size, config.token_size)
-    options = {"activation_checkpointing": config.activation_checkpointing, "posterior": config.posterior}
+    names = ("activation_checkpointing", "posterior", "noisy_depth")
+    options = {name: getattr(config, name) for name in names}
     model = JiT.from_name(config.model, codec, config.img_size, in_turn=None, **options)
     return TrainingLoss(model, config.objective, config.timesteps)
 
@@ -70,8 +71,8 @@ def engine_of(config: TrainConfig, **blocks) -> TrainEngine:
 def maker_of(module: TrainingLoss, config: TrainConfig) -> BatchMaker:
     model = module.model
     layout = PatchLayout(model.codec, model.config.img_size, model.config.patch_size, model.config.layout)
-    in_turn = in_turn_share(config, model)
-    return BatchMaker(layout, module.timesteps, config.seed, patch_noise=config.patch_noise, in_turn=in_turn)
+    options = {"patch_noise": config.patch_noise, "block_size": config.block_size}
+    return BatchMaker(layout, module.timesteps, config.seed, in_turn=in_turn_share(config, model), **options)
 
 
 def batch_of(module: TrainingLoss, config: TrainConfig, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
