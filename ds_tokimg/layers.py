@@ -141,8 +141,9 @@ class Neighbours(nn.Module):
         wanted: the tokens that the result is of.
         """
         length, device = tokens.shape[1], tokens.device
-        sides = [distance for distance in range(-self.reach, self.reach + 1) if distance]
-        distances, places = torch.tensor(sides, device=device), torch.arange(length, device=device)
+        sides = [*range(-self.reach, 0), *range(1, self.reach + 1)]
+        distances = torch.cat([torch.arange(*ends, device=device) for ends in ((-self.reach, 0), (1, self.reach + 1))])
+        places = torch.arange(length, device=device)
         clean, without_noise, silent = None, None, None
         if context is not None:
             clean, blocks = context
