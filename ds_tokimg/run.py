@@ -192,6 +192,8 @@ class Run:
             f"{self.train_batch_size} = {self.engine.accumulation} micro-batch(es) a rank; "
             f"{self.last_step} of {self.schedule_steps} steps"
         )
+        if parts.module.model.config.in_turn and not parts.module.one_step:
+            self.log("bits/token of a step are those of many small steps; validations draw tokens in turn: fewer bits")
 
     def _print(self, row: dict, step: int) -> None:
         left = self.speed.time_left(self.last_step - step)
