@@ -24,7 +24,7 @@ MUON = [(0, 2, 4), (1, 1, 4), (3, 4, 2)]
 LOSS_TOLERANCE = 1e-5
 TOLERANCES = {
     "loss": LOSS_TOLERANCE,
-    "grad_norm": 1e-4,
+    "grad_norm": 5e-5,
     "bits_per_token": 5e-5,
     "val_loss": LOSS_TOLERANCE,
     "val_bits_per_token": LOSS_TOLERANCE,
