@@ -18,17 +18,11 @@ MIXED += [(0, 1, 2), (0, 2, 2), (0, 4, 1), (1, 1, 4), (1, 2, 1), (2, 1, 2), (2, 
 FEW = [(0, 2, 2), (0, 4, 2), (1, 4, 2), (2, 4, 2), (3, 4, 2)]
 QUICK = [("few", 1, 2, 2)]
 MUON = [(0, 2, 4), (1, 1, 4), (3, 4, 2)]
-# Over all steps; relative, and absolute below one: three texts are soon learnt by heart. Bits per token are told from a
-# quarter of the samples, weighted by noise level. Measured over 50 steps and all combinations, at most: loss 5.3e-6,
-# gradient norm 3.2e-5, bits per token 2.0e-5, validation 4.0e-6.
+# Relative, over all steps. Measured over 50 steps and all combinations, at most: loss 6.3e-6, gradient norm 3.2e-5,
+# bits per token 4.3e-5, validation 4.0e-6. Bits of a step are those of two samples, near zero once these are learnt.
 LOSS_TOLERANCE = 1e-5
-TOLERANCES = {
-    "loss": LOSS_TOLERANCE,
-    "grad_norm": 5e-5,
-    "bits_per_token": 5e-5,
-    "val_loss": LOSS_TOLERANCE,
-    "val_bits_per_token": LOSS_TOLERANCE,
-}
+NORM_TOLERANCE = 5e-5
+BITS_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,10 +87,10 @@ def train_once(folder: Path, data: dict[str, Path], steps: int, name: str, cut: 
 
 
 def largest_difference(rows: list[dict], others: list[dict], key: str) -> float:
-    """Over all rows that have the value: relative, and absolute below one."""
+    """Relative, over all rows that have the value."""
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     pairs = [(a[key], b[key]) for a, b in zip(rows, others, strict=True) if key in a or key in b]
-    return max(abs(a - b) / max(1, abs(b)) for a, b in pairs)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def assert_same_curve(folder: Path, reference: Path, record) -> None:
@@ -104,7 +98,13 @@ def assert_same_curve(folder: Path, reference: Path, record) -> None:
     assert len(expected) in (STEPS, FEW_STEPS)
     for key in ("step", "epoch", "consumed_samples", "lr", "valid_tokens"):
         assert [row[key] for row in rows] == [row[key] for row in expected], key
-    for key, tolerance in TOLERANCES.items():
+    for key, tolerance in {
+        "loss": LOSS_TOLERANCE,
+        "grad_norm": NORM_TOLERANCE,
+        "bits_per_token": BITS_TOLERANCE,
+        "val_loss": LOSS_TOLERANCE,
+        "val_bits_per_token": LOSS_TOLERANCE,
+    }.items():
         difference = largest_difference(rows, expected, key)
         record(key, difference)
         assert difference < tolerance, key
