@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ds_tokimg.sampler import SamplingOptions  # noqa: E402
+from ds_tokimg.inference.sampler import SamplingOptions  # noqa: E402
 
 # Bytes are the tokens, one a patch; an answer is up to three digits and the end of the text.
 RECIPE = ["--model", "JiT-XS/2", "--token_size", "2", "--vocab_size", "257", "--max_tokens", "16"]

@@ -22,9 +22,9 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ds_tokimg.corpus import load_corpus, read_texts  # noqa: E402
-from ds_tokimg.dataset import TokenImageDataset  # noqa: E402
-from ds_tokimg.tokenizer import load_tokenizer, train_tokenizer, vocab_size  # noqa: E402
+from ds_tokimg.data.corpus import load_corpus, read_texts  # noqa: E402
+from ds_tokimg.data.dataset import TokenImageDataset  # noqa: E402
+from ds_tokimg.tokens.tokenizer import load_tokenizer, train_tokenizer, vocab_size  # noqa: E402
 
 BUNDLED = ROOT / "data" / "web_narrative.txt"
 
@@ -145,8 +145,8 @@ def tokens_per_second(dataset, get, samples: int = 400) -> float:
 OPEN = """
 import ctypes, json, sys, time
 sys.path.insert(0, sys.argv[1])
-from ds_tokimg.tokenizer import load_tokenizer
-from ds_tokimg.dataset import TokenImageDataset
+from ds_tokimg.tokens.tokenizer import load_tokenizer
+from ds_tokimg.data.dataset import TokenImageDataset
 
 def resident():
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is freed but kept by the allocator is not held

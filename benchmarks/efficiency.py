@@ -4,7 +4,8 @@
 
 Both rates are measured in one process, taking turns; each model has a process of its own, as a run has. The step is the
 trainer's own (DeepSpeed engine, stage 0, fp32, AdamW, clipping, one moving average) on full images. Its operations are
-those of `ds_tokimg.flops`: the matrix products of the model's definition, 2 per multiply-add, forward plus backward;
+those of `ds_tokimg.model.flops`: the matrix products of the model's definition, 2 per multiply-add, forward plus
+backward;
 nothing that an implementation adds to them, and nothing for norms, softmax or the optimiser. `default recipe` is that
 of `launch/train.sh`: small micro-batches, from left to right.
 """
@@ -21,8 +22,8 @@ import torch
 
 from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of
-from ds_tokimg.config import TrainConfig
-from ds_tokimg.flops import train_flops
+from ds_tokimg.model.flops import train_flops
+from ds_tokimg.settings.config import TrainConfig
 
 SIZE = 2048  # of the square matrices that the step is compared with
 #        name, images a batch, tokens an image

@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py [--parts model corpus] [--megabytes 1 10 100 1000] > benchmarks/growth.md
 
-Models: batches of full 64 × 64 images; operations as in `ds_tokimg.flops`. Corpora: the bundled text, its lines
+Models: batches of full 64 × 64 images; operations as in `ds_tokimg.model.flops`. Corpora: the bundled text, its lines
 shuffled and repeated; 1 GB takes about five minutes on two cores and 3 GB of the disk for the time being.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def print_models(repetitions: int) -> None:
-    from ds_tokimg.model import SIZES
+    from ds_tokimg.model.config import SIZES
 
     depth, width, heads = SIZES["XS"]
     print_growth("Batch", "images", {n: ("XS", n) for n in (1, 2, 4, 8, 16, 32)}, repetitions)
@@ -53,8 +53,8 @@ def print_models(repetitions: int) -> None:
 def print_growth(title: str, unit: str, models: dict[int, tuple[str, int]], repetitions: int) -> None:
     """`models`: {what grows: (size, images a step)}."""
     from benchmarks.trainer import batch_of, engine_of
-    from ds_tokimg.config import TrainConfig
-    from ds_tokimg.flops import train_flops
+    from ds_tokimg.model.flops import train_flops
+    from ds_tokimg.settings.config import TrainConfig
 
     rivals, flops = {}, {}
     for grown, (size, images) in models.items():
@@ -84,8 +84,8 @@ def print_corpora(sizes: list[float]) -> None:
     print("with the pages of the cache file that counting all tokens brings in.\n")
     head = ("MB", "million tokens", "tokenised, MB/s", "peak MB", "opened, s", "an epoch's order, s", "32 images, ms")
     print_table(*head, "tokens counted, s", "peak MB once open")
-    from ds_tokimg.corpus import read_texts
-    from ds_tokimg.tokenizer import train_tokenizer
+    from ds_tokimg.data.corpus import read_texts
+    from ds_tokimg.tokens.tokenizer import train_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(read_texts(BUNDLED), 1024).save_pretrained(Path(folder) / "tokenizer")
@@ -113,9 +113,9 @@ def start(text: Path, folder: Path) -> dict:
 START = """
 import json, resource, sys, time
 import torch
-from ds_tokimg.dataset import TokenImageDataset
-from ds_tokimg.loader import TrainBatchSampler
-from ds_tokimg.tokenizer import load_tokenizer
+from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.data.order import TrainBatchSampler
+from ds_tokimg.tokens.tokenizer import load_tokenizer
 
 tokenizer, seconds, begun = load_tokenizer(sys.argv[2]), {}, 0.0
 

@@ -31,16 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.references import Autoregressive, MaskedDiffusion, bits  # noqa: E402
-from ds_tokimg.allocator import keep_freed_memory  # noqa: E402
-from ds_tokimg.config import TrainConfig  # noqa: E402
-from ds_tokimg.evaluate import bound_of  # noqa: E402
-from ds_tokimg.heads import TreeHead, draws_in_one_step  # noqa: E402
-from ds_tokimg.loader import TrainBatchSampler  # noqa: E402
-from ds_tokimg.model import SIZES  # noqa: E402
-from ds_tokimg.optimizer import average_key, build_optimizer  # noqa: E402
-from ds_tokimg.ranks import OnlyRank  # noqa: E402
-from ds_tokimg.sampler import SamplingOptions, sample  # noqa: E402
-from ds_tokimg.setup import assemble  # noqa: E402
+from ds_tokimg.data.order import TrainBatchSampler  # noqa: E402
+from ds_tokimg.engine.allocator import keep_freed_memory  # noqa: E402
+from ds_tokimg.engine.optimizer import average_key, build_optimizer  # noqa: E402
+from ds_tokimg.engine.ranks import OnlyRank  # noqa: E402
+from ds_tokimg.inference.sampler import SamplingOptions, sample  # noqa: E402
+from ds_tokimg.model.config import SIZES  # noqa: E402
+from ds_tokimg.model.heads.base import draws_in_one_step  # noqa: E402
+from ds_tokimg.model.heads.tree import TreeHead  # noqa: E402
+from ds_tokimg.settings.config import TrainConfig  # noqa: E402
+from ds_tokimg.training.assemble import assemble  # noqa: E402
+from ds_tokimg.training.bound import bound_of  # noqa: E402
 
 # The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
 RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}

@@ -22,11 +22,11 @@ import torch
 
 from benchmarks.timing import ROOT, print_row, print_table, print_title, spread, take_turns
 from benchmarks.trainer import Texts, batch_of, engine_of, maker_of, module_of
-from ds_tokimg.config import TrainConfig
-from ds_tokimg.corpus import read_texts
-from ds_tokimg.dataset import TokenImageDataset
-from ds_tokimg.loader import TrainBatchSampler
-from ds_tokimg.tokenizer import train_tokenizer
+from ds_tokimg.data.corpus import read_texts
+from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.data.order import TrainBatchSampler
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.tokens.tokenizer import train_tokenizer
 
 LENGTHS = (100, 200, 400, 1000, 2000, 4096)
 BATCH = 32

@@ -19,13 +19,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ds_tokimg.batch import blocks_of  # noqa: E402
-from ds_tokimg.diffusion import START, add_noise_to_timestep, alpha_sigma, bound_range, timestep_of_log_snr  # noqa: E402
-from ds_tokimg.evaluate import open_texts  # noqa: E402
-from ds_tokimg.heads import draws_in_one_step  # noqa: E402
-from ds_tokimg.loss import TrainingLoss  # noqa: E402
-from ds_tokimg.model import Prediction  # noqa: E402
-from ds_tokimg.trained import load_trained  # noqa: E402
+from ds_tokimg.commands.evaluate import open_texts  # noqa: E402
+from ds_tokimg.data.batch import blocks_of  # noqa: E402
+from ds_tokimg.diffusion.band import bound_range  # noqa: E402
+from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, timestep_of_log_snr  # noqa: E402
+from ds_tokimg.inference.loading import load_trained  # noqa: E402
+from ds_tokimg.model.heads.base import draws_in_one_step  # noqa: E402
+from ds_tokimg.model.prediction import Prediction  # noqa: E402
+from ds_tokimg.training.objective import TrainingLoss  # noqa: E402
 
 
 @torch.no_grad()

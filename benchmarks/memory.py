@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from ds_tokimg import ds_config  # noqa: E402
-from ds_tokimg.config import TrainConfig  # noqa: E402
-from tests.distributed import run_ranks  # noqa: E402
+from ds_tokimg.settings import engine_json  # noqa: E402
+from ds_tokimg.settings.config import TrainConfig  # noqa: E402
+from tests.support.distributed import run_ranks  # noqa: E402
 
 STEPS = 2
 STAGES = (0, 1, 2, 3)
@@ -100,18 +100,18 @@ def settings_of(stage: int) -> dict:
 
 def forecast(dist, arguments: list[str], ranks: int) -> dict:
     """The plan of a run of this many ranks."""
-    from ds_tokimg.forecast import make_plan
+    from ds_tokimg.training.forecast import make_plan
 
-    machine = ds_config.Machine(ranks, "cpu", bf16=False, fp16=False)
+    machine = engine_json.Machine(ranks, "cpu", bf16=False, fp16=False)
     return make_plan(TrainConfig.from_args(arguments), settings_of(0), machine)
 
 
 def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
     """Bytes that this rank needs for training at a ZeRO stage; `keep`: with the heap of `train`."""
-    from ds_tokimg.allocator import keep_freed_memory
-    from ds_tokimg.engine import TrainEngine, machine_capabilities
-    from ds_tokimg.forecast import longest_batch
-    from ds_tokimg.setup import assemble
+    from ds_tokimg.engine.allocator import keep_freed_memory
+    from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
+    from ds_tokimg.training.assemble import assemble
+    from ds_tokimg.training.forecast import longest_batch
 
     if keep:
         keep_freed_memory()
@@ -119,7 +119,7 @@ def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
         return_freed_memory()
     config = TrainConfig.from_args(arguments)
     parts = assemble(config, dist, None)
-    settings, _ = ds_config.resolve(settings_of(stage), config, machine_capabilities(), parts.steps_per_epoch)
+    settings, _ = engine_json.resolve(settings_of(stage), config, machine_capabilities(), parts.steps_per_epoch)
     batch = longest_batch(parts, settings["train_micro_batch_size_per_gpu"])
     weights = sum(p.numel() * p.element_size() for p in parts.module.parameters())
     before = resident("VmRSS") - weights

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.timing import print_row, print_table, print_title, ratios, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of, join, module_of, settings_of
-from ds_tokimg.config import TrainConfig
-from ds_tokimg.optimizer import build_optimizer
+from ds_tokimg.engine.optimizer import build_optimizer
+from ds_tokimg.settings.config import TrainConfig
 
 TARGET = 1.03
 #        name, images a batch, tokens an image

@@ -153,8 +153,9 @@ class Worker:
 def work(model: str, images: int, img_size: int, blocks: dict) -> None:
     """Takes a step for every line of the standard input."""
     from benchmarks.trainer import batch_of, engine_of
-    from ds_tokimg.config import TrainConfig, UserError
-    from ds_tokimg.flops import matmul_peak, train_flops
+    from ds_tokimg.errors import UserError
+    from ds_tokimg.model.flops import matmul_peak, train_flops
+    from ds_tokimg.settings.config import TrainConfig
 
     config = TrainConfig(
         data_path="-", model=model, img_size=img_size, batch_size=images, use_amp=None if blocks else False

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_tokimg.layers import Block, RMSNorm, rope_frequencies
+from ds_tokimg.model.layers import Block, RMSNorm, rope_frequencies
 
 
 class TokenTransformer(nn.Module):

@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from ds_tokimg.ds_config import CPU_BUCKET_SIZE  # noqa: E402
-from ds_tokimg.memory import REDUCE_BUCKET_SIZE  # noqa: E402
-from tests.distributed import run_ranks  # noqa: E402
+from ds_tokimg.settings.engine_json import CPU_BUCKET_SIZE  # noqa: E402
+from ds_tokimg.training.memory import REDUCE_BUCKET_SIZE  # noqa: E402
+from tests.support.distributed import run_ranks  # noqa: E402
 
 RANKS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 MANY = tuple(2**power for power in range(11))  # 1 ... 1024
@@ -162,7 +162,7 @@ def measure_case(ranks: int, stage: int) -> dict:
 
 def measure(dist, stage: int) -> dict:
     """Steps of a real engine on this rank's full images."""
-    from ds_tokimg.allocator import keep_freed_memory
+    from ds_tokimg.engine.allocator import keep_freed_memory
 
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[dist.rank % len(cores)]})  # or two ranks may meet on one core, and another is idle
@@ -192,17 +192,17 @@ def measure(dist, stage: int) -> dict:
 
 
 def make_engine(dist, stage: int):
-    from ds_tokimg import ds_config
-    from ds_tokimg.config import TrainConfig
-    from ds_tokimg.engine import TrainEngine, machine_capabilities
-    from ds_tokimg.forecast import longest_batch
-    from ds_tokimg.setup import assemble
+    from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
+    from ds_tokimg.settings import engine_json
+    from ds_tokimg.settings.config import TrainConfig
+    from ds_tokimg.training.assemble import assemble
+    from ds_tokimg.training.forecast import longest_batch
 
     data = ["--data_path", str(ROOT / "data" / "web_narrative.txt")]
     config = TrainConfig.from_args([*data, *FLAGS, "--train_batch_size", str(MICRO_BATCH * dist.world_size)])
     parts = assemble(config, dist, None)
     raw = json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
-    settings, _ = ds_config.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch)
+    settings, _ = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch)
     batch = longest_batch(parts, MICRO_BATCH)
     return TrainEngine(parts.module, settings, config.ema_decay, dist), batch
 
@@ -211,10 +211,10 @@ def describe_large(dist) -> dict:
     """JiT-B/4 on a large micro-batch of full images: parameters and operations a step."""
     import torch
 
-    from ds_tokimg.codec import TokenCodec
-    from ds_tokimg.flops import train_flops
-    from ds_tokimg.memory import empty_weights
-    from ds_tokimg.model import JiT
+    from ds_tokimg.model.flops import train_flops
+    from ds_tokimg.model.jit import JiT
+    from ds_tokimg.tokens.codec import TokenCodec
+    from ds_tokimg.training.memory import empty_weights
 
     with empty_weights():
         model = JiT.from_name("JiT-B/4", TokenCodec(151_643))

@@ -13,15 +13,16 @@ from benchmarks.timing import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from ds_tokimg import ds_config
-from ds_tokimg.allocator import keep_freed_memory
-from ds_tokimg.batch import BatchMaker, PatchLayout
-from ds_tokimg.codec import TokenCodec
-from ds_tokimg.config import TrainConfig
-from ds_tokimg.engine import TrainEngine, init_distributed, machine_capabilities
-from ds_tokimg.loss import TrainingLoss
-from ds_tokimg.model import JiT
-from ds_tokimg.setup import in_turn_share
+from ds_tokimg.data.batch import BatchMaker
+from ds_tokimg.engine.allocator import keep_freed_memory
+from ds_tokimg.engine.engine import TrainEngine, init_distributed, machine_capabilities
+from ds_tokimg.model.jit import JiT
+from ds_tokimg.settings import engine_json
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.tokens.codec import TokenCodec
+from ds_tokimg.tokens.layout import PatchLayout
+from ds_tokimg.training.assemble import in_turn_share
+from ds_tokimg.training.objective import TrainingLoss
 
 
 class Texts:
@@ -48,8 +49,8 @@ def join():
 
 def settings_of(config: TrainConfig, **blocks) -> dict:
     """The shipped JSON, resolved as for a run of 1,000 steps without TensorBoard; `blocks` replace its entries."""
-    raw = ds_config.read(ds_config.SHIPPED) | {"tensorboard": {"enabled": False}} | blocks
-    return ds_config.resolve(raw, config, machine_capabilities(), lambda train_batch_size: 1000)[0]
+    raw = engine_json.read(engine_json.SHIPPED) | {"tensorboard": {"enabled": False}} | blocks
+    return engine_json.resolve(raw, config, machine_capabilities(), lambda train_batch_size: 1000)[0]
 
 
 def module_of(config: TrainConfig) -> TrainingLoss:

@@ -8,13 +8,13 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "TokenCodec": "codec",
-    "TokenImageDataset": "dataset",
-    "add_noise_to_timestep": "diffusion",
-    "masked_loss": "loss",
-    "JiT": "model",
-    "bits_per_token": "bound",
-    "UserError": "config",
+    "TokenCodec": "tokens.codec",
+    "TokenImageDataset": "data.dataset",
+    "add_noise_to_timestep": "diffusion.path",
+    "masked_loss": "training.objective",
+    "JiT": "model.jit",
+    "bits_per_token": "training.bound",
+    "UserError": "errors",
 }
 __all__ = list(_HOMES)
 

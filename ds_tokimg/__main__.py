@@ -8,7 +8,7 @@ import os
 import sys
 
 from ds_tokimg import __version__
-from ds_tokimg.config import UserError, nearest
+from ds_tokimg.errors import UserError, nearest
 
 COMMANDS = {
     "train": "train a model on texts",
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code. Only that command is imported: help needs no torch."""
     command, flags = split_command(argv)
     if command in COMMANDS:
-        return importlib.import_module(f"ds_tokimg.{command}").main(flags)
+        return importlib.import_module(f"ds_tokimg.commands.{command}").main(flags)
     if "--version" in argv:
         print(f"ds_tokimg {__version__}")
     elif command is None and (not argv or {"-h", "--help"} & set(argv)):

@@ -1,0 +1,107 @@
+"""python -m ds_tokimg evaluate: the bound of a checkpoint on texts, in bits per token and per byte."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.data.text_format import absolute, dataset_of
+from ds_tokimg.errors import UserError
+from ds_tokimg.inference.loading import WEIGHTS, TrainedModel, load_trained
+from ds_tokimg.settings.config import Parser
+from ds_tokimg.training.bound import DEFAULT_LEVELS, Bound, bound_of
+from ds_tokimg.training.objective import TrainingLoss
+
+SPLITS = ("auto", "eval", "train", "all")
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.noise_levels < 1:
+        raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
+    if arguments.block_size is not None and arguments.block_size < 0:
+        raise UserError(f"--block_size {arguments.block_size}: 0 (the whole image) or more")
+    trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    dataset = open_texts(trained, arguments.data_path, arguments.split, arguments.cache_dir)
+    if not len(dataset):
+        raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
+    module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
+    options = {"num_levels": arguments.noise_levels, "seed": arguments.seed, "device": arguments.device}
+    if arguments.block_size is not None:
+        options["block_size"] = arguments.block_size
+    if arguments.many_steps:
+        options |= {"one_step": False, "in_turn": False}
+    bound = bound_of(module, trained.format, trained.layout, dataset, **options)
+    report(bound, trained.path, arguments.data_path)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(as_json(bound), indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ds_tokimg evaluate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
+    add("--data_path", required=True, metavar="PATH", help="texts, in any form that train takes")
+    add("--json", metavar="FILE", help="write the figures there")
+    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
+    add(
+        "--split",
+        choices=SPLITS,
+        default="auto",
+        help="which documents; auto: the held-out ones of the data the run was trained on, else all",
+    )
+    add("--noise_levels", type=int, default=DEFAULT_LEVELS, metavar="N", help="levels per text (default: %(default)s)")
+    add(
+        "--block_size",
+        type=int,
+        metavar="N",
+        help="patches that lose their noise together, from left to right; 0: the whole image (default: as trained)",
+    )
+    add(
+        "--many_steps",
+        action="store_true",
+        help="the bound of sampling in many small steps to the end, also where generate draws tokens earlier",
+    )
+    add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
+    add("--cache_dir", metavar="DIR", help="where tokenised data is cached")
+    add("--device", default="cpu", help="where to compute (default: cpu)")
+    return parser
+
+
+def open_texts(trained: TrainedModel, data_path: str, split: str = "auto", cache_dir=None) -> TokenImageDataset:
+    """The texts of a path as the model's images."""
+    text_format = trained.format
+    if split == "auto":
+        held_out = text_format.eval_data_path is None and absolute(data_path) == text_format.data_path
+        split = "eval" if held_out else "all"
+    return dataset_of(text_format, trained.layout, trained.tokenizer, data_path, split, cache_dir)
+
+
+def as_json(bound: Bound) -> dict:
+    """The figures of the contract, and what puts them into perspective."""
+    return {
+        "bits_per_token": bound.bits_per_token,
+        "bits_per_byte": bound.bits_per_byte,
+        "standard_error": bound.standard_error,
+        "tokens": int(bound.tokens.sum()),
+        "bytes": bound.num_bytes,
+        "loss": bound.loss,
+        "token_accuracy": bound.token_accuracy,
+        "token_accuracy_by_timestep": bound.accuracy_per_level,
+        "invalid_token_rate": bound.invalid_token_rate,
+    }
+
+
+def report(bound: Bound, checkpoint: Path, data_path: str) -> None:
+    print(f"{checkpoint} on {data_path}: {len(bound.tokens)} images, {bound.tokens.sum():,} tokens")
+    print(
+        f"  bits per token {bound.bits_per_token:.4f} +- {1.96 * bound.standard_error:.4f} (95 %)   "
+        f"bits per byte {bound.bits_per_byte:.4f}"
+    )
+    print(
+        f"  loss {bound.loss:.4f}   token accuracy {bound.token_accuracy:.3f}   "
+        f"colours that are no token {bound.invalid_token_rate:.2%}"
+    )

@@ -1,0 +1,36 @@
+"""python -m ds_tokimg export: a checkpoint as a folder that needs neither DeepSpeed nor the run.
+
+`JiT.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder / "tokenizer")` read it; so do `evaluate`,
+`generate` and `train --init_from`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ds_tokimg.errors import UserError
+from ds_tokimg.inference.export import export
+from ds_tokimg.inference.loading import WEIGHTS, load_trained
+from ds_tokimg.settings.config import Parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    output = Path(arguments.output)
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise UserError(f"--output {output} exists and is not empty: choose another folder")
+    trained = load_trained(arguments.checkpoint, arguments.weights)
+    export(trained, output)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e6
+    print(f"exported {trained.path} ({arguments.weights} weights) to {output}: {size:.1f} MB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ds_tokimg export", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run's folder (its best one)")
+    add("--output", required=True, metavar="DIR", help="a new folder")
+    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
+    return parser

@@ -1,0 +1,106 @@
+"""python -m ds_tokimg generate: texts from noise, from a prompt, or around given tokens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ds_tokimg.errors import UserError
+from ds_tokimg.inference.loading import WEIGHTS, load_trained
+from ds_tokimg.inference.sampler import MAX_STEPS, SAMPLERS, STEPS_PER_TOKEN, SamplingOptions
+from ds_tokimg.inference.texts import generate, infill, save_images, show
+from ds_tokimg.settings.config import Parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    prompts = _prompts(arguments)
+    trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    options = _options(arguments, trained.format.block_size)
+    if arguments.infill is not None:
+        texts = infill(trained, arguments.infill, options, arguments.num_samples)
+    else:
+        texts = generate(trained, prompts, options, arguments.max_new_tokens)
+    show(texts)
+    if arguments.save_images:
+        save_images(trained, texts, Path(arguments.save_images))
+    if arguments.json:
+        keys = ("prompt", "text", "token_ids", "num_tokens")
+        rows = [{key: text[key] for key in keys} for text in texts]
+        Path(arguments.json).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ds_tokimg generate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    defaults = SamplingOptions()
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
+    add("--prompt", metavar="TEXT", help="what to answer, or, without conditions in training, to continue")
+    add("--prompt_file", metavar="FILE", help="one prompt a line")
+    add("--infill", metavar="TEXT", help="fill gaps of N tokens, written <gap:N>; all else stays as it is")
+    add("--num_samples", type=int, default=1, metavar="N", help="texts, per prompt (default: 1)")
+    add(
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help=f"network evaluations, of every block (default: {MAX_STEPS}, or {STEPS_PER_TOKEN} a token of a block; "
+        "1 where that is exact)",
+    )
+    add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="default: %(default)s")
+    add(
+        "--eta",
+        type=float,
+        default=defaults.eta,
+        metavar="X",
+        help="noise that ancestral replaces (default: %(default)s)",
+    )
+    add(
+        "--block_size",
+        type=int,
+        metavar="N",
+        help="patches written together, from left to right; 0: the whole image (default: as trained)",
+    )
+    add("--guidance_scale", type=float, default=defaults.guidance_scale, metavar="S", help="default: %(default)s")
+    add("--seed", type=int, default=defaults.seed, metavar="N", help="default: %(default)s")
+    add("--max_new_tokens", type=int, metavar="N", help="length to write at most (default: the image, or the answer)")
+    add("--batch_size", type=int, default=defaults.batch_size, metavar="N", help="texts at a time")
+    add("--save_images", metavar="DIR", help="write the images there, as PNG")
+    add("--json", metavar="FILE", help="write the texts there")
+    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
+    add("--device", default="cpu", help="where to compute (default: cpu)")
+    return parser
+
+
+def _prompts(arguments) -> list[str | None]:
+    if arguments.prompt is not None and arguments.prompt_file is not None:
+        raise UserError("give --prompt or --prompt_file, not both")
+    if arguments.infill is not None and (arguments.prompt or arguments.prompt_file or arguments.max_new_tokens):
+        raise UserError("--infill takes its length from its text, and no --prompt, --prompt_file or --max_new_tokens")
+    if arguments.num_samples < 1:
+        raise UserError(f"--num_samples {arguments.num_samples}: at least 1")
+    prompts = [arguments.prompt]
+    if arguments.prompt_file is not None:
+        try:
+            prompts = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file {arguments.prompt_file}: {error}") from None
+        if not prompts:
+            raise UserError(f"--prompt_file {arguments.prompt_file}: no prompt in it")
+    return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+
+
+def _options(arguments, trained_block_size: int) -> SamplingOptions:
+    try:
+        return SamplingOptions(
+            steps=arguments.num_inference_steps,
+            sampler=arguments.sampler,
+            block_size=trained_block_size if arguments.block_size is None else arguments.block_size,
+            guidance_scale=arguments.guidance_scale,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            eta=arguments.eta,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None

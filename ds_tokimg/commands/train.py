@@ -1,0 +1,40 @@
+"""python -m ds_tokimg train: one run, from the command line to the last checkpoint.
+
+Read `training.run.train` for the order of things, then training/loop.py (what happens in a step),
+training/objective.py, model/jit.py (the network) and engine/engine.py (the optimiser step).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from ds_tokimg.engine.allocator import keep_freed_memory
+from ds_tokimg.errors import TrainingError, UserError, raise_problems
+from ds_tokimg.settings import engine_json
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.engine_schema import check
+
+
+def main(argv: list[str]) -> int:
+    config = TrainConfig.from_args(argv)
+    raw = engine_json.read(config.deepspeed_config)
+    raise_problems(f"{config.deepspeed_config} cannot be used:", check(raw))
+    keep_freed_memory()
+    # Torch and DeepSpeed take seconds to import: help and mistakes are answered before.
+    from ds_tokimg.engine.engine import init_distributed
+    from ds_tokimg.training.run import train
+
+    dist = init_distributed()
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("ds_tokimg").setLevel(logging.INFO if dist.rank == 0 else logging.ERROR)
+    try:
+        train(config, raw, dist)
+    except TrainingError as error:
+        if dist.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except UserError:
+        dist.leave()
+        raise
+    return 0

@@ -1,0 +1,234 @@
+"""TokenImageDataset: a corpus as images of tokens.
+
+A sample is a stretch of a stream of tokens, so the whole index of a data set is where the samples and the
+stretches begin. Nothing is read before it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ds_tokimg.data.corpus import Corpus, load_corpus
+from ds_tokimg.errors import UserError
+from ds_tokimg.tokens.codec import TokenCodec, check_geometry
+from ds_tokimg.tokens.tokenizer import ensure_special_tokens, vocab_size
+
+SPLITS = ("all", "train", "eval")
+
+_PIECE = 1 << 20
+
+
+class TokenImageDataset(torch.utils.data.Dataset):
+    """Texts as images [3, H, W] in [-1, 1] with a mask [H, W] that is 1 where a token stands.
+
+    Every document ends in EOS, which is scored like any token. With `packing` documents follow each other
+    without gap and every image but the last is full; without it each image begins with a document, and one
+    longer than `max_tokens` goes on in the next image.
+
+    With `enable_condition` a document with a prompt has images of its own, and the prompt is their condition.
+    An answer that needs several images is conditioned on what precedes each: the prompt and the answer so
+    far, the last `max_tokens` of it.
+
+    Args:
+        data_path: file, folder or Hugging Face data set name (see `ds_tokimg.data.records`).
+        tokenizer: a Hugging Face tokenizer; it gets an EOS token if it has none.
+        img_size: pixels a side.
+        use_chat_template: write prompt/answer pairs in the tokenizer's chat template.
+        max_tokens: tokens an image may hold; None for its capacity, (img_size / token_size)².
+        token_size, radix, palette: of the `TokenCodec`. layout, patch_size: where it puts the tokens.
+        packing: fill images with several documents.
+        enable_condition: keep prompts apart as conditions.
+        split: "train", "eval" or "all" documents. A document goes to "eval" by the hash of its text, in
+            `eval_fraction` of cases, whatever else the corpus holds.
+        cache_dir: where tokenised corpora are kept; None for a folder beside the caches of `datasets`.
+        num_proc: processes that tokenise; None for what suits the corpus and the machine.
+
+    Raises UserError for a path, record, size or option that does not work.
+    """
+
+    def __init__(
+        self,
+        data_path,
+        tokenizer,
+        img_size: int = 64,
+        use_chat_template: bool = False,
+        max_tokens: int | None = None,
+        *,
+        token_size: int = 1,
+        radix: int | None = None,
+        palette=None,
+        layout: str = "patch",
+        patch_size: int = 4,
+        packing: bool = True,
+        enable_condition: bool = False,
+        split: str = "all",
+        eval_fraction: float = 0.05,
+        cache_dir=None,
+        num_proc: int | None = None,
+    ):
+        tokenizer = ensure_special_tokens(tokenizer)
+        self.tokenizer, self.img_size, self.layout, self.patch_size = tokenizer, img_size, layout, patch_size
+        try:
+            check_geometry(img_size, token_size, layout, patch_size)
+            self.codec = TokenCodec(vocab_size(tokenizer), token_size, radix, palette)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.max_tokens = _check_max_tokens(max_tokens, self.codec.capacity(img_size))
+        self.corpus = load_corpus(
+            data_path,
+            tokenizer,
+            use_chat_template=use_chat_template,
+            enable_condition=enable_condition,
+            cache_dir=cache_dir,
+            num_proc=num_proc,
+        )
+        self.enable_condition = enable_condition
+        documents = _split(self.corpus, split, eval_fraction, str(data_path))
+        self.num_documents = len(documents)
+        self.num_bytes = int(self.corpus.num_bytes[documents].sum(dtype=np.int64))  # UTF-8, of the scored text
+        self._build_index(documents, packing)
+
+    def _build_index(self, documents: np.ndarray, packing: bool) -> None:
+        """Lays the documents end to end in a stream and cuts it into samples at `_bounds` [samples + 1].
+
+        `_run_starts` [runs + 1] are places in the stream, `_run_sources` [runs] the places in the corpus'
+        tokens where the same stretch is found.
+        """
+        documents, num_packed = self._packed_first(documents, packing)
+        lengths = self.corpus.lengths[documents]
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        begins = np.flatnonzero(np.diff(documents, prepend=-2) != 1)  # neighbours in the corpus make one run
+        self._run_starts = np.append(starts[begins], starts[-1])
+        self._run_sources = self.corpus.starts[documents[begins]]
+
+        packed = np.arange(0, starts[num_packed], self.max_tokens)
+        pieces = -(-lengths[num_packed:].astype(np.int64) // self.max_tokens)  # images of each other text
+        piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, … within a text
+        separate = np.repeat(starts[num_packed:-1], pieces) + piece * self.max_tokens
+        self._bounds = np.concatenate([packed, separate, starts[-1:]])
+        self._num_packed = len(packed)
+        if self.enable_condition:
+            self._document_of = np.repeat(documents[num_packed:], pieces)  # of the samples that are not packed
+            self._tokens_before = piece * self.max_tokens  # how much of the document earlier images hold
+
+    def _packed_first(self, documents: np.ndarray, packing: bool) -> tuple[np.ndarray, int]:
+        """The documents in the order of the stream, and how many of them are packed: those come first."""
+        if not packing:
+            return documents, 0
+        if not self.enable_condition:
+            return documents, len(documents)
+        prompted = self.corpus.prompt_lengths[documents] > 0
+        return np.concatenate([documents[~prompted], documents[prompted]]), np.count_nonzero(~prompted)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        """`clean` [3, H, W] and `mask` [H, W], float32; with conditions also `condition` and `condition_mask`."""
+        clean, mask = self._image(self.ids(i))
+        sample = {"clean": clean, "mask": mask}
+        if self.enable_condition:
+            sample["condition"], sample["condition_mask"] = self._image(self.prompt_ids(i))
+        return sample
+
+    def _image(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.codec.encode(ids, self.img_size, self.layout, self.patch_size)
+
+    def ids(self, i: int) -> np.ndarray:
+        """The tokens of a sample, int32 [n], 1 ≤ n ≤ max_tokens; read-only."""
+        i = self._check_index(i)
+        return self._read(int(self._bounds[i]), int(self._bounds[i + 1]))
+
+    def prompt_ids(self, i: int) -> np.ndarray:
+        """The tokens of a sample's condition, int32 [m], 0 ≤ m ≤ max_tokens: empty where there is no prompt."""
+        i = self._check_index(i)
+        if not self.enable_condition or i < self._num_packed:
+            return np.zeros(0, np.int32)
+        corpus, document = self.corpus, int(self._document_of[i - self._num_packed])
+        prompt = corpus.prompts.read(*corpus.prompt_starts[document : document + 2].tolist())
+        before = int(self._tokens_before[i - self._num_packed])
+        if before and len(prompt):
+            begin = int(corpus.starts[document])
+            prompt = np.concatenate([prompt, corpus.tokens.read(begin, begin + before)])
+        return prompt[-self.max_tokens :]
+
+    def _check_index(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of a data set of {len(self)}")
+        return i % len(self)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start … stop-1 of the stream."""
+        tokens, pieces = self.corpus.tokens, []
+        run = int(np.searchsorted(self._run_starts, start, side="right")) - 1
+        while start < stop:
+            end = min(stop, int(self._run_starts[run + 1]))
+            source = int(self._run_sources[run]) + start - int(self._run_starts[run])
+            pieces.append(tokens.read(source, source + end - start))
+            start, run = end, run + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int32 [samples]."""
+        return np.diff(self._bounds).astype(np.int32)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each sample's condition, int32 [samples]."""
+        lengths = np.zeros(len(self), np.int32)
+        if self.enable_condition:
+            prompts = self.corpus.prompt_lengths[self._document_of]
+            whole = np.where(prompts > 0, prompts + self._tokens_before, 0)
+            lengths[self._num_packed :] = np.minimum(whole, self.max_tokens)
+        return lengths
+
+    @property
+    def num_tokens(self) -> int:
+        """Scored tokens, EOS included."""
+        return int(self._bounds[-1])
+
+    def token_stream(self) -> Iterator[np.ndarray]:
+        """All scored tokens in order, in pieces of at most 2^20, int32."""
+        for start in range(0, self.num_tokens, _PIECE):
+            yield self._read(start, min(start + _PIECE, self.num_tokens))
+
+    def token_counts(self) -> np.ndarray:
+        """How often each id occurs among the scored tokens, int64 [V]."""
+        counts = np.zeros(self.codec.vocab_size, np.int64)
+        for piece in self.token_stream():
+            counts += np.bincount(piece, minlength=len(counts))
+        return counts
+
+
+def _check_max_tokens(max_tokens: int | None, capacity: int) -> int:
+    if max_tokens is None:
+        return capacity
+    if not 1 <= max_tokens <= capacity:
+        raise UserError(
+            f"max_tokens is {max_tokens}, but an image holds 1 to {capacity} tokens; leave it out to fill the "
+            "image, or change --img_size or --token_size"
+        )
+    return max_tokens
+
+
+def _split(corpus: Corpus, split: str, eval_fraction: float, name: str) -> np.ndarray:
+    """The documents of a split, int64. A small corpus of which chance picks none gives one text to "eval"."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
+    if not 0 <= eval_fraction < 1:
+        raise UserError(f"eval_fraction is {eval_fraction}, but must be at least 0 and less than 1")
+    if split == "all" or (split == "train" and eval_fraction == 0):
+        return np.arange(len(corpus))
+    held_out = corpus.hashes < eval_fraction * 2.0**64
+    if eval_fraction and (not held_out.any() or held_out.all()):
+        held_out = corpus.hashes == corpus.hashes.min()
+    if held_out.all() or not held_out.any():
+        raise UserError(
+            f"the corpus {name} cannot be split into training and validation: it holds {len(corpus)} "
+            f"text(s), and eval_fraction is {eval_fraction}; give --eval_data_path, or more different texts"
+        )
+    return np.flatnonzero(held_out if split == "eval" else ~held_out)

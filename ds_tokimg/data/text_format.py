@@ -1,0 +1,83 @@
+"""How the texts of a run become images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.tokens import tokenizer as tokenizers
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How texts become images in a run; what evaluation and generation must do alike."""
+
+    max_tokens: int  # tokens an image holds at most
+    block_size: int  # patches that lose their noise together, from left to right; 0: all of the image
+    canvas: int  # patches an answer is written on (models with conditions), else 0
+    packing: bool
+    enable_condition: bool
+    use_chat_template: bool
+    eos_id: int
+    tokenizer: str  # fingerprint
+    data_path: str  # absolute where it is a local path
+    eval_data_path: str | None
+    eval_fraction: float
+    objective: str
+    timesteps: str
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, tokenizer, canvas: int) -> TextFormat:
+        same = (
+            "block_size",
+            "packing",
+            "enable_condition",
+            "use_chat_template",
+            "eval_fraction",
+            "objective",
+            "timesteps",
+        )
+        return cls(
+            max_tokens=config.max_tokens or config.capacity,
+            canvas=canvas,
+            eos_id=tokenizer.eos_token_id,
+            tokenizer=tokenizers.fingerprint(tokenizer),
+            data_path=absolute(config.data_path),
+            eval_data_path=config.eval_data_path and absolute(config.eval_data_path),
+            **{name: getattr(config, name) for name in same},
+        )
+
+    def description(self) -> str:
+        """As JSON: the content of text.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def absolute(data_path: str) -> str:
+    """Absolute form of a local path; a hub name stays as it is."""
+    return str(Path(data_path).resolve()) if Path(data_path).exists() else data_path
+
+
+def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split: str, cache_dir) -> TokenImageDataset:
+    """The texts of a path in a run's format."""
+    codec = layout.codec
+    return TokenImageDataset(
+        data_path,
+        tokenizer,
+        layout.img_size,
+        text_format.use_chat_template,
+        text_format.max_tokens,
+        token_size=codec.token_size,
+        radix=codec.radix,
+        palette=codec.palette,
+        layout=layout.layout,
+        patch_size=layout.patch_size,
+        packing=text_format.packing,
+        enable_condition=text_format.enable_condition,
+        split=split,
+        eval_fraction=text_format.eval_fraction,
+        cache_dir=cache_dir,
+    )

@@ -1,0 +1,360 @@
+"""Checkpoints of a run: written whole or not at all, found again, verified, resumed, and readable without DeepSpeed.
+
+    OUTPUT/checkpoints/
+      step_00001000/            the engine's own files, and
+        model.safetensors       trained weights, fp32, whole
+        ema_0.9999.safetensors  averaged weights, one file per decay
+        trainer_state.json      step, epoch, consumed samples, best value, ..., and the engine's layout
+        rng.pt                  states of torch's, numpy's and Python's generators, per rank
+        manifest.json           size and CRC-32 of each file; a folder without one is not a checkpoint
+      latest, best              text files that hold a folder's name
+
+A checkpoint is written to a hidden folder, checksummed, renamed, and only then named in `latest`: a rank that is killed
+at any moment leaves the earlier checkpoints as they were. This module does not import deepspeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ds_tokimg.engine import elastic
+from ds_tokimg.engine.ranks import Dist, answering
+from ds_tokimg.engine.shards import FP32
+from ds_tokimg.errors import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from ds_tokimg.engine.engine import TrainEngine
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
+RNG = "rng.pt"
+WEIGHTS = "model.safetensors"
+FOLDER = "checkpoints"
+_UNFINISHED = ".unfinished_"  # folders being written, or replaced: never read
+_CHUNK = 16 * 2**20  # bytes read at once for a checksum
+
+
+def tag_of(step: int) -> str:
+    """Folder name of the checkpoint of an optimiser step; names sort as steps do."""
+    return f"step_{step:08d}"
+
+
+def save(
+    engine: TrainEngine,
+    output_dir: str | Path,
+    state: dict,
+    *,
+    texts: dict[str, str] | None = None,
+    best: bool = False,
+    keep: int = 3,
+) -> Path:
+    """Write a checkpoint of the whole run. Collective.
+
+    Args:
+        state: the trainer's own state, JSON values (epoch, consumed samples, best value, settings, ...). The
+            optimiser step and the engine's layout are added.
+        texts: further files, by name.
+        best: also name it in `best`. keep: newest checkpoints to keep; those named in `latest` and `best` stay anyway.
+
+    Returns the checkpoint's folder. Raises TrainingError when it cannot be written (disk full, no permission), which
+    leaves the earlier checkpoints as they were.
+    """
+    root, dist, tag = Path(output_dir) / FOLDER, engine.dist, tag_of(engine.global_steps)
+    folder = root / (_UNFINISHED + tag)
+    with _writing(folder):
+        dist.on_first_rank(lambda: _start(folder))
+        engine.engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
+        _save_weights(engine, folder)
+        generators = dist.gather(_generator_states())
+        state = {**state, "step": engine.global_steps, "engine": _engine_state(engine)}
+        dist.on_first_rank(lambda: _save_state(folder, state, generators, texts or {}))
+        checksums = dist.gather(_checksums(folder, dist.rank, dist.world_size))
+        dist.on_first_rank(lambda: _finish(folder, root / tag, checksums, best, keep))
+    return root / tag
+
+
+def load(engine: TrainEngine, checkpoint: str | Path, work_dir: str | Path | None = None) -> dict:
+    """Restore an engine that has not stepped yet from a checkpoint of any world size and ZeRO stage. Collective.
+
+    With the checkpoint's own layout the run goes on bit for bit; from another one it is converted, see elastic.py.
+
+    Args:
+        work_dir: where a conversion may put its files, the folder of the checkpoint if not given.
+
+    Returns the trainer's state as given to `save`, and `step`.
+    """
+    checkpoint = Path(checkpoint)
+    if not engine.dist.all_true((checkpoint / MANIFEST).is_file()):
+        raise UserError(f"{checkpoint} is not visible on every node: keep --output_dir where they all see it")
+    state = read_state(checkpoint)
+    saved = state.pop("engine")
+    elastic.check_same_model(engine, saved, checkpoint)
+    if all(saved[key] == value for key, value in engine.layout.items()):
+        engine.load_same_layout(checkpoint)
+    else:
+        elastic.load(engine, checkpoint, saved, Path(work_dir or checkpoint.parent))
+    engine.resume_schedule()
+    _restore_generators(checkpoint, engine.dist.rank)
+    return state
+
+
+def read_state(checkpoint: str | Path) -> dict:
+    """The trainer's state of a checkpoint. UserError when the folder is none."""
+    path = Path(checkpoint) / TRAINER_STATE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint: cannot read {path.name} ({error})") from None
+
+
+def load_weights(checkpoint: str | Path, which: str = "ema", prefix: str = "model.") -> dict[str, Tensor]:
+    """Whole fp32 weights of a checkpoint, by parameter name, on the CPU.
+
+    Args:
+        which: "ema" for the averaged weights (of the run's first decay; the trained ones when it kept none), "trained",
+            or a decay such as "0.9999".
+        prefix: taken off the names that have it, so that they are those of the model inside the trained module.
+
+    Raises UserError for a folder that is no checkpoint or has no such weights, or when the file is damaged.
+    """
+    checkpoint = Path(checkpoint)
+    decays = read_state(checkpoint).get("engine", {}).get("ema_decay", [])
+    if which == "ema":
+        which = str(decays[0]) if decays else "trained"
+    name = WEIGHTS if which == "trained" else f"ema_{which}.safetensors"
+    if not (checkpoint / name).is_file():
+        known = ", ".join(["trained", *map(str, decays)])
+        raise UserError(f"{checkpoint} has no weights {which!r}; available: {known}")
+    problem = verify(checkpoint, [name])
+    if problem:
+        raise UserError(f"{checkpoint} is damaged: {problem}; use another checkpoint of the run")
+    return {key.removeprefix(prefix): value for key, value in load_file(checkpoint / name).items()}
+
+
+def find(output_dir: str | Path, which: str = "latest", dist: Dist | None = None) -> Path:
+    """The folder of a checkpoint that is verified, the same on all ranks (rank 0 decides).
+
+    Args:
+        which: "latest" or "best" of the run in `output_dir`, or a folder: a checkpoint, or a run (its latest).
+
+    A damaged `latest` or `best` gives way to the newest checkpoint that is whole, with a warning.
+    Raises UserError on all ranks when there is none, or when a checkpoint named by its folder is damaged.
+    """
+    if dist is None:
+        return _find(Path(output_dir), which)
+    return dist.on_first_rank(lambda: _find(Path(output_dir), which))
+
+
+def verify(checkpoint: Path, names: list[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint (or with its files `names`), or None: every byte is compared."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"it has no readable {MANIFEST}, so it was never finished"
+    for name in files if names is None else names:
+        path = checkpoint / name
+        if name not in files or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != files[name]["size"]:
+            return f"{name} has {path.stat().st_size} bytes, {files[name]['size']} were written"
+        if _crc32(path) != files[name]["crc32"]:
+            return f"{name} is not what was written (its checksum differs)"
+    return None
+
+
+def _engine_state(engine: TrainEngine) -> dict:
+    """The engine's layout and what else a reader of its files must know."""
+    shards = engine.shards
+    return {
+        **engine.layout,
+        "world_size": engine.dist.world_size,
+        "states": shards.keys,
+        "updates": shards.updates,
+        "ema_decay": engine.ema_decay,
+    }
+
+
+def _find(output_dir: Path, which: str) -> Path:
+    if which not in ("latest", "best"):
+        folder = Path(which)
+        if (folder / FOLDER).is_dir():
+            return _find(folder, "latest")
+        problem = verify(folder) if folder.is_dir() else "there is no such folder"
+        if problem:
+            raise UserError(f"cannot resume from {which!r}: {problem}")
+        return folder
+    root = output_dir / FOLDER
+    tags = sorted((path.parent.name for path in root.glob(f"step_*/{MANIFEST}")), reverse=True)
+    named = _pointer(root, which)
+    if not tags and named is None:
+        raise UserError(f"no checkpoint in {root}: check --output_dir, or start a new run without --resume")
+    for tag in dict.fromkeys([named, *tags] if named else tags):
+        problem = verify(root / tag)
+        if problem is None:
+            if tag != named:
+                logger.warning("%s: using %s in place of the damaged or missing %s", root, tag, named or which)
+            return root / tag
+        logger.warning("%s cannot be used: %s", root / tag, problem)
+    raise UserError(f"no checkpoint in {root} is whole: resume from another folder, or start a new run")
+
+
+def _pointer(root: Path, which: str) -> str | None:
+    path = root / which
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        with answering():
+            yield
+    except TrainingError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        raise TrainingError(f"cannot write {folder}: {error}. The earlier checkpoints are as they were") from error
+
+
+def _start(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in folder.parent.glob(_UNFINISHED + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir()
+
+
+def _save_state(folder: Path, state: dict, generators: list, texts: dict[str, str]) -> None:
+    torch.save(generators, folder / RNG)
+    for name, text in texts.items():
+        _write_text(folder / name, text)
+    _write_json(folder / TRAINER_STATE, state)
+
+
+def _finish(folder: Path, target: Path, checksums: list[dict], best: bool, keep: int) -> None:
+    """Manifest, name, pointers: from here on it is a checkpoint."""
+    files = {name: entry for part in checksums for name, entry in part.items()}
+    _write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
+    _publish(folder, target)
+    for pointer in ("latest", "best") if best else ("latest",):
+        _write_text(target.parent / pointer, target.name)
+    _prune(target.parent, keep)
+
+
+def _save_weights(engine: TrainEngine, folder: Path) -> None:
+    """Whole weights, trained and averaged, gathered parameter by parameter; rank 0 keeps and writes them."""
+    shards, keys = engine.shards, engine.shards.keys
+    persistent = engine.module.state_dict().keys()
+    buffers = {name: b.cpu() for name, b in engine.module.named_buffers() if name in persistent}
+    for name, key in {WEIGHTS: FP32, **{f"{k}.safetensors": k for k in engine.optimizer.averages}}.items():
+        weights = {}
+        for param_name, param in shards.params.items():
+            # Before the first step an average is the weights themselves.
+            value = shards.full(param, key if key in keys else FP32)
+            if engine.dist.rank == 0:
+                weights[param_name] = value.detach().float().cpu().contiguous()
+        if engine.dist.rank == 0:
+            save_file({**weights, **buffers}, folder / name, metadata={"format": "pt"})
+
+
+def _checksums(folder: Path, rank: int, world_size: int) -> dict[str, dict]:
+    """Size and checksum of this rank's share of the files, which are on the disk when it returns."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {}
+    for path in paths[rank::world_size]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
+    return entries
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Give a finished folder its name; a checkpoint of the same step (of a resumed run) makes way for it."""
+    if target.exists():
+        replaced = target.with_name(_UNFINISHED + "replaced_" + target.name)
+        os.rename(target, replaced)
+        os.rename(folder, target)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(folder, target)
+    _sync_folder(target.parent)
+
+
+def _prune(root: Path, keep: int) -> None:
+    tags = sorted(path.parent.name for path in root.glob(f"step_*/{MANIFEST}"))
+    named = {_pointer(root, "latest"), _pointer(root, "best")}
+    for tag in tags[:-keep]:
+        if tag not in named:
+            shutil.rmtree(root / tag, ignore_errors=True)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    _write_text(path, json.dumps(value, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a file in one go: readers see the old or the new text."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _generator_states() -> dict:
+    """The states of all global generators, as values that torch loads without running code."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def _restore_generators(checkpoint: Path, rank: int) -> None:
+    """A rank that the checkpoint does not know keeps the states it has: data and noise do not depend on them."""
+    states = torch.load(checkpoint / RNG, weights_only=True)
+    if rank >= len(states):
+        return
+    state = states[rank]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

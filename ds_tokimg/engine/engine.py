@@ -1,0 +1,392 @@
+"""The trained module inside a DeepSpeed engine: the only module that imports deepspeed.
+
+One `TrainEngine.train_batch` is one optimiser step on one train batch, and its gradient does not depend on how the
+batch was cut into ranks and micro-batches: the sum over the valid pixels of a micro-batch is divided by the valid
+pixels of the whole train batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import logging
+import os
+import pickle
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ds_tokimg.engine import checkpoint
+from ds_tokimg.engine.optimizer import AveragedMuon, average_key, build_optimizer
+from ds_tokimg.engine.ranks import Dist, answering
+from ds_tokimg.engine.shards import Shards
+from ds_tokimg.errors import TrainingError
+
+logging.disable(logging.WARNING)  # that a machine has no GPU is no news to its user
+import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.ops import __compatible_ops__  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+
+logging.disable(logging.NOTSET)
+
+# How many steps in a row may be skipped for gradients that are not finite before the run ends. Dynamic loss scaling
+# skips about one step per halving of the scale at the start of an fp16 run, so it gets more patience.
+MAX_SKIPPED_IN_A_ROW = 5
+MAX_SKIPPED_IN_A_ROW_FP16 = 40
+DEFAULT_TIMEOUT_MINUTES = 30
+DEEPSPEED_CLIPS_AT = 1.0  # its gradient_clipping where the JSON has none
+# Settings of zero_optimization that decide which part of a parameter lies where.
+PARTITION_SETTINGS = (
+    *("sub_group_size", "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size"),
+    *("offload_optimizer", "offload_param"),
+)
+# What the files of a checkpoint may hold besides tensors and plain values: nothing else is ever unpickled.
+CHECKPOINT_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def _member(enumeration: type, name: str) -> ZeroStageEnum:
+    """What early releases of Python 3.11 write down for a member of an enumeration: getattr(enumeration, name)."""
+    if enumeration is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"{name!r} of {enumeration!r} does not belong into a checkpoint")
+    return ZeroStageEnum[name]
+
+
+# The built-in itself would open a way to everything that can be reached from the classes above.
+CHECKPOINT_CLASSES += [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed calls collectives by names that torch is about to retire, several times a step.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+# DeepSpeed would compile this C++ operation when a run starts on a CPU; without it gloo does the same work.
+__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _import_muon_uncompiled() -> None:
+    """ZeRO imports Muon to ask whether an optimiser is one, and the import prepares its kernels for torch.compile,
+    which takes longer than all else that DeepSpeed does to start. Ours never is one."""
+    compile_kernel = deepspeed.runtime.compiler.compile
+    deepspeed.runtime.compiler.compile = lambda *args, **kwargs: lambda kernel: kernel
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        deepspeed.runtime.compiler.compile = compile_kernel
+
+
+_import_muon_uncompiled()
+
+
+def init_distributed(timeout_minutes: float | None = None) -> Dist:
+    """Join the process group; a plain `python` becomes the only rank of one.
+
+    A rank that hangs ends the others after `timeout_minutes` (default: DEEPSPEED_TIMEOUT in minutes, else 30).
+    """
+    if "RANK" not in os.environ:  # port 0: any that is free, as nobody else has to find it
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if timeout_minutes is None:
+        timeout_minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MINUTES))
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return Dist(local_rank, torch.device(get_accelerator().device_name(local_rank)))
+
+
+def machine_capabilities():
+    """What this machine offers a run -> engine_json.Machine. Needs `init_distributed` first for the world size."""
+    from ds_tokimg.settings.engine_json import Machine
+
+    accelerator = get_accelerator()
+    return Machine(
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        accelerator=accelerator.device_name(),
+        bf16=bool(accelerator.is_bf16_supported()),
+        fp16=bool(accelerator.is_fp16_supported()),
+    )
+
+
+def read_engine_file(path: Path) -> dict:
+    """One of the engine's files, memory-mapped, without running code that it may hold (then UnpicklingError)."""
+    with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+@dataclass
+class StepResult:
+    """What one optimiser step did. Tensors are read (and an accelerator waited for) only when a property is."""
+
+    step: int  # optimiser steps so far, this one and skipped ones included
+    count: int  # valid pixels of the train batch, all ranks
+    lr: float  # learning rate of this step
+    loss_scale: float
+    skipped: bool  # gradients were not finite: nothing was changed
+    stop: bool  # a rank was asked to end; the same on every rank
+    names: list[str]
+    totals: Tensor  # [len(names)] float64: sums over all micro-batches and ranks
+    norm: float | Tensor | None
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """The module's outputs, each summed over the train batch."""
+        return dict(zip(self.names, self.totals.tolist(), strict=True))
+
+    @property
+    def loss(self) -> float:
+        """Mean over the train batch's valid pixels; infinite or NaN when the step was skipped for it."""
+        return self.sums["loss_sum"] / max(self.count, 1)
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the whole gradient before clipping; infinite when it was not finite."""
+        return float("inf") if self.norm is None or self.skipped else float(self.norm)
+
+
+class TrainEngine:
+    """A module, its optimiser and its averaged weights in a DeepSpeed engine.
+
+    Args:
+        module: `module(batch) -> {"loss_sum": scalar with gradient, float32, ...}` (other values are detached sums),
+            and `module.count(batch) -> int`, the valid pixels of a micro-batch.
+        ds_config: the DeepSpeed JSON, resolved (no "auto" left).
+        ema_decay: decays of the weights' moving averages, none or more.
+        dist: of `init_distributed`.
+    """
+
+    read_file = staticmethod(read_engine_file)  # for elastic.py, which does not import deepspeed
+
+    def __init__(self, module: nn.Module, ds_config: dict, ema_decay: list[float], dist: Dist):
+        self.dist = dist
+        self.ds_config = ds_config
+        self.ema_decay = list(ema_decay)
+        self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.max_grad_norm = float(ds_config.get("gradient_clipping", DEEPSPEED_CLIPS_AT))
+        self.stop_requested = False
+        self._skipped_in_row = 0
+        names = {p: name for name, p in module.named_parameters() if p.requires_grad}
+        self.optimizer = build_optimizer(names, ds_config["optimizer"], ema_decay)
+        # Written down before ZeRO puts flat buffers in the parameters' place.
+        self._groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
+        self._shapes = {name: list(p.shape) for p, name in names.items()}
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=self._engine_config(), dist_init_required=False
+        )
+        if self.stage == 0 and dist.world_size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients there and back
+        self.shards = Shards(self.engine, self.optimizer, self.stage)
+        if isinstance(self.optimizer, AveragedMuon) and self.stage > 0:
+            self.optimizer.locate = self.shards.places
+        self._first_learning_rate()
+
+    def _engine_config(self) -> dict:
+        """The JSON as DeepSpeed gets it: what this class does itself is left out."""
+        config = copy.deepcopy(self.ds_config)
+        config.pop("optimizer")  # it would be overruled by ours without a word
+        config["zero_allow_untested_optimizer"] = True
+        if self.stage == 1 and self.dist.device.type == "cpu":
+            # Without this DeepSpeed copies each gradient to a buffer and back before it is reduced.
+            config["zero_optimization"].setdefault("contiguous_gradients", False)
+        # At stage 0 _check_gradients clips, which knows the norm anyway.
+        config["gradient_clipping"] = 0.0 if self.stage == 0 else self.max_grad_norm
+        return config
+
+    def _first_learning_rate(self) -> None:
+        """DeepSpeed's warm-up starts at a rate of zero, for one or two updates: start where it starts to rise."""
+        scheduler = self.engine.lr_scheduler
+        for _ in range(2):
+            if scheduler is not None and self.lr == 0.0:
+                scheduler.step()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself, for validation (under ZeRO-3 all ranks must run the same forwards)."""
+        return self.engine.module
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.engine.get_lr()[0])
+
+    @property
+    def global_steps(self) -> int:
+        """Optimiser steps so far, skipped ones included."""
+        return self.engine.global_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because the gradients were not finite."""
+        return self.engine.skipped_steps
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimiser step and rank."""
+        return self.engine.gradient_accumulation_steps()
+
+    @property
+    def loss_scale(self) -> float:
+        """Scale of the loss under fp16, else 1."""
+        return float(self.engine.optimizer.cur_scale) if self.engine.fp16_enabled() else 1.0
+
+    @property
+    def precision(self) -> str:
+        """ "fp32", "bf16" or "fp16": the weights that the module computes with."""
+        return "fp16" if self.engine.fp16_enabled() else "bf16" if self.engine.bfloat16_enabled() else "fp32"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the module's matrix products."""
+        if self.ds_config.get("torch_autocast", {}).get("enabled"):
+            return getattr(torch, self.ds_config["torch_autocast"].get("dtype", "bfloat16"))
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    @property
+    def layout(self) -> dict:
+        """How weights and optimiser state lie in the engine's files: two engines of equal layout read each other's."""
+        zero = self.ds_config.get("zero_optimization", {})
+        return {
+            "stage": self.stage,
+            "partitions": self.dist.world_size if self.stage > 0 else 1,
+            "precision": self.precision,
+            "optimizer": type(self.optimizer).__name__,
+            "groups": self._groups,
+            "params": self._shapes,
+            "zero": {key: zero[key] for key in PARTITION_SETTINGS if key in zero},
+        }
+
+    def train_batch(self, micro_batches: list[dict[str, Tensor]]) -> StepResult:
+        """One optimiser step. Collective: every rank calls it with `accumulation` micro-batches.
+
+        A micro-batch may be all padding (count 0): it adds nothing to the gradient, but its forward and backward run,
+        so that no rank leaves out a collective alone.
+
+        Raises TrainingError on all ranks together after too many steps in a row without finite gradients, and where
+        another rank no longer answers.
+        """
+        with answering():
+            result = self._step(micro_batches)
+        self._give_up_if_diverged(result)
+        return result
+
+    def _step(self, micro_batches: list[dict[str, Tensor]]) -> StepResult:
+        if len(micro_batches) != self.accumulation:
+            raise ValueError(f"{len(micro_batches)} micro-batches; the engine accumulates {self.accumulation}")
+        count, stop = self._agree_on_count(micro_batches)
+        # DeepSpeed averages gradients over ranks; the sum over micro-batches stays a sum (scale_wrt_gas=False).
+        scale = self.dist.world_size / max(count, 1)
+        lr, totals = self.lr, None
+        for index, micro_batch in enumerate(micro_batches):
+            outputs = self.engine(to_device(micro_batch, self.dist.device))
+            self.engine.backward(outputs["loss_sum"] * scale, scale_wrt_gas=False)
+            values = torch.stack([outputs[name].detach().double() for name in sorted(outputs)])
+            totals = values if totals is None else totals + values
+            if self.stage == 0 and index == len(micro_batches) - 1:
+                self._check_gradients()
+            self.engine.step()
+        if self.dist.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        return StepResult(
+            step=self.global_steps,
+            count=count,
+            lr=lr,
+            loss_scale=self.loss_scale,
+            skipped=not self.engine.was_step_applied(),
+            stop=stop,
+            names=sorted(outputs),
+            totals=totals,
+            norm=self.engine.get_global_grad_norm(),
+        )
+
+    def _agree_on_count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, bool]:
+        """Valid pixels of the train batch, and whether any rank was asked to stop: one small all-reduce."""
+        local_count = sum(int(self.module.count(micro_batch)) for micro_batch in micro_batches)
+        count, stop = self.dist.sum_ints([local_count, int(self.stop_requested)])
+        return count, stop > 0
+
+    @torch.no_grad()
+    def _check_gradients(self) -> None:
+        """Stage 0: norm, clipping, and no step on gradients that are not finite. ZeRO does all of this by itself.
+
+        The gradients are already averaged, so every rank decides the same.
+        """
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        for p in params:
+            if p.grad is None:  # no micro-batch used it; it decays all the same, as it does under ZeRO
+                p.grad = torch.zeros_like(p)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        self.optimizer._global_grad_norm = norm
+        self.optimizer.overflow = not bool(torch.isfinite(norm))
+        if self.optimizer.overflow:
+            self.engine.zero_grad()
+        elif self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(params, self.max_grad_norm, norm)
+
+    def _give_up_if_diverged(self, result: StepResult) -> None:
+        self._skipped_in_row = self._skipped_in_row + 1 if result.skipped else 0
+        limit = MAX_SKIPPED_IN_A_ROW_FP16 if self.engine.fp16_enabled() else MAX_SKIPPED_IN_A_ROW
+        if self._skipped_in_row >= limit:
+            raise TrainingError(
+                f"the gradients of {limit} steps in a row were not finite, up to step {result.step} (loss "
+                f"{result.loss:g}). Lower the learning rate, clip gradients, or check the data; the last checkpoint "
+                "is from before."
+            )
+
+    @contextlib.contextmanager
+    def averaged_weights(self, decay: float | None = None) -> Iterator[None]:
+        """Averaged weights in the module (of `decay`, default the first), the trained ones again afterwards, bit for
+        bit. Collective. Without averages, or before the first step, the trained weights stay in place."""
+        if not self.ema_decay:
+            yield
+            return
+        key = average_key(self.ema_decay[0] if decay is None else decay)
+        if key not in self.optimizer.averages:
+            raise ValueError(f"no average of decay {decay}; available: {self.ema_decay}")
+        with self.shards.swapped(key):
+            yield
+
+    def save(self, output_dir: str | Path, state: dict, *, best: bool = False, keep: int = 3) -> Path:
+        """Write a checkpoint, see checkpoint.save. Collective."""
+        return checkpoint.save(self, output_dir, state, best=best, keep=keep)
+
+    def load(self, folder: str | Path, work_dir: str | Path | None = None) -> dict:
+        """Continue from a checkpoint, see checkpoint.load; returns the trainer's state. Collective."""
+        return checkpoint.load(self, folder, work_dir)
+
+    def load_same_layout(self, folder: Path) -> None:
+        """DeepSpeed's own loading, for a checkpoint of this engine's layout."""
+        # Its reader would run whatever code a file holds.
+        self.engine.checkpoint_engine.load = lambda path, map_location=None: read_engine_file(Path(path))
+        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if loaded is None:
+            raise TrainingError(f"DeepSpeed could not load {folder}")
+
+    def restore_counters(self, saved: dict) -> None:
+        """Counters and schedule from the engine's model file of another layout."""
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self.engine, name, saved[name])
+        if self.engine.lr_scheduler is not None and saved["lr_scheduler"] is not None:
+            self.engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+
+    def restore_loss_scaler(self, saved: dict) -> None:
+        """The dynamic loss scale of an fp16 run; one that was not in fp16 has none."""
+        scaler = saved.get("loss_scaler")
+        if self.engine.fp16_enabled() and isinstance(scaler, type(self.engine.optimizer.loss_scaler)):
+            self.engine.optimizer.loss_scaler = scaler
+
+    def resume_schedule(self) -> None:
+        """The rate of the next step, from the JSON's schedule as it is now and the position in the checkpoint."""
+        scheduler = self.engine.lr_scheduler
+        if scheduler is not None:
+            scheduler.step(scheduler.last_batch_iteration)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch with its tensors on `device`; a pinned one is copied without waiting."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,84 @@
+"""A trained model on disk: checkpoint folders and exports, and all that is needed to read and write text with them.
+
+Both hold `model.json` (shape and codec), weights as safetensors and `text.json` (how texts were made into images).
+An export has its tokenizer inside; a checkpoint's stands in the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ds_tokimg.data.text_format import TextFormat
+from ds_tokimg.engine import checkpoint as checkpoints
+from ds_tokimg.errors import UserError
+from ds_tokimg.model.config import JiTConfig
+from ds_tokimg.model.jit import JiT
+from ds_tokimg.tokens import tokenizer as tokenizers
+from ds_tokimg.tokens.codec import TokenCodec
+from ds_tokimg.tokens.layout import PatchLayout
+
+WEIGHTS = ("ema", "trained")
+
+
+@dataclass
+class TrainedModel:
+    """A model in eval mode with what belongs to it."""
+
+    path: Path
+    model: JiT
+    tokenizer: object
+    format: TextFormat
+
+    @property
+    def layout(self) -> PatchLayout:
+        config = self.model.config
+        return PatchLayout(self.model.codec, config.img_size, config.patch_size, config.layout)
+
+
+def load_trained(path: str, weights: str = "ema", device: str = "cpu") -> TrainedModel:
+    """Reads a checkpoint, a run's folder (its best checkpoint, else its latest) or an export.
+
+    Args:
+        weights: `ema` for the moving average (the trained weights where a run kept none), `trained` for the last.
+
+    Raises UserError when the folder is none of these, or is not whole.
+    """
+    folder = find_folder(Path(path))
+    description = json.loads((folder / "model.json").read_text())
+    model = JiT(TokenCodec.from_dict(description["codec"]), JiTConfig(**description["model"]))
+    in_checkpoint = (folder / checkpoints.MANIFEST).is_file()
+    model.load_state_dict(
+        checkpoints.load_weights(folder, weights) if in_checkpoint else load_file(folder / "model.safetensors")
+    )
+    text_format = TextFormat(**json.loads((folder / "text.json").read_text()))
+    tokenizer = tokenizers.load_tokenizer(_tokenizer_folder(folder))
+    if tokenizers.fingerprint(tokenizer) != text_format.tokenizer:
+        raise UserError(
+            f"{_tokenizer_folder(folder)} is not the tokenizer that {folder} was trained with: put the run's own back"
+        )
+    return TrainedModel(folder, model.eval().to(torch.device(device)), tokenizer, text_format)
+
+
+def find_folder(path: Path) -> Path:
+    """The folder with the weights that a path stands for. Raises UserError when there is none."""
+    if not path.is_dir():
+        raise UserError(f"--checkpoint {path}: no such folder")
+    if (path / "model.json").is_file() and (path / "text.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        for name in ("best", "latest"):
+            if (path / "checkpoints" / name).is_file():
+                return checkpoints.find(path, name)
+    raise UserError(
+        f"--checkpoint {path}: neither a checkpoint, nor a run's folder with a finished checkpoint, nor an export"
+    )
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    inside = folder / "tokenizer"
+    return inside if inside.is_dir() else folder.parent.parent / "tokenizer"

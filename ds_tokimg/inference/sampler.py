@@ -1,0 +1,336 @@
+"""Samplers: from noise to tokens along the model's own noising path.
+
+With noisy = alpha clean + sigma noise the probability-flow step from t to s < t, given a prediction of clean, is
+z_s = (sigma_s / sigma_t) z + (alpha_s - alpha_t sigma_s / sigma_t) clean_pred: Euler in sigma, exact while the
+prediction stays the same. `heun` corrects it with the prediction at s (Karras et al., "Elucidating the design
+space", 2022, algorithm 1). `ancestral` draws clean from the predicted posterior, token by token, and then z_s with
+fresh noise for a part of the old, more of it the larger eta (Song et al., "Denoising diffusion implicit models",
+2021, eqs. 12 and 16; eta 1: from q(z_s | z_t, clean), Ho et al. 2020, eq. 6): a walk that ends with the right
+distribution as steps become small, and unlike the flow forgets its mistakes. Where the model has learnt to draw tokens
+in turn, each knowing those before it, `ancestral` does so in every step, and ends at the level where the bound of this
+path does. States are float64.
+
+All patches lose their noise together, or, with a block size, one block of patches after another, from left to right:
+what was written before is then read once and remembered.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_tokimg.data.rng import Stream, generator
+from ds_tokimg.diffusion.levels import DRAWN_SHARE, NoiseLevels
+from ds_tokimg.diffusion.path import START, alpha_sigma, timestep_of_log_snr
+from ds_tokimg.diffusion.writing import RUN
+from ds_tokimg.model.context import Memory
+from ds_tokimg.model.heads.base import draws_in_one_step
+from ds_tokimg.model.jit import JiT
+from ds_tokimg.model.prediction import ChangedPrediction, Prediction, probabilities
+from ds_tokimg.tokens.layout import PatchLayout
+
+SAMPLERS = ("ancestral", "euler", "heun")
+MAX_STEPS, STEPS_PER_TOKEN = 64, 4
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample.
+
+    steps: network evaluations, of every block (two a step for `heun`, so half as many steps); None: MAX_STEPS, or, if
+        these are fewer, STEPS_PER_TOKEN for each token of a block; 1 for a block of one token, or of one run of tokens
+        that are drawn in turn, from which `ancestral` draws: the first posterior is already the right one.
+    block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
+    guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
+        Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
+    eta: how much of the noise `ancestral` replaces in a step, as a multiple of what q(z_s | z_t, clean) does; at most
+        all of it. The others replace none.
+    """
+
+    steps: int | None = None
+    sampler: str = "ancestral"
+    block_size: int = 0
+    guidance_scale: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+    eta: float = 3.0
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
+        if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
+            raise ValueError("steps and batch_size must be at least 1")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta is {self.eta}; it must be 0 (no noise is replaced) or more")
+        if self.block_size < 0:
+            raise ValueError("block_size must be 0 (the whole image at once) or more")
+
+
+def timestep_grid(radix: int, steps: int, in_turn: bool = False) -> Tensor:
+    """Timesteps START > … > 0, float64 [steps + 1], close together where tokens of this code become readable.
+
+    in_turn: the last prediction, from which tokens are read, is at `NoiseLevels.drawn_at`.
+    """
+    levels = NoiseLevels.of(radix)
+    if in_turn:
+        quantiles = DRAWN_SHARE * (np.arange(steps - 1) + 1) / max(1, steps - 1)
+    else:
+        quantiles = (np.arange(steps - 1) + 0.5) / max(1, steps - 1)
+    inner = timestep_of_log_snr(torch.from_numpy(levels.quantile(quantiles)[0]))
+    return torch.cat([torch.tensor([START], dtype=torch.float64), inner, torch.zeros(1, dtype=torch.float64)])
+
+
+@torch.no_grad()
+def sample(
+    model: JiT,
+    lengths: list[int],
+    options: SamplingOptions,
+    prompts: list | None = None,
+    given: list[dict[int, int]] | None = None,
+) -> tuple[list[list[int]], int]:
+    """Writes texts.
+
+    Args:
+        model: in eval mode, on its device.
+        lengths: tokens to write, one number per text (a text may end earlier with EOS, which is the caller's to see).
+        prompts: token ids per text that the model is conditioned on, or None.
+        given: per text {place: token id} of tokens that are known and stay fixed (infilling), or None. Patches that
+            are known as a whole are shown without noise; a known token that shares its patch with unknown ones is as
+            noisy as these, so that early on they hardly depend on it.
+
+    Returns the ids of each text, and how many of all sampled colours were no token. A text depends on the options'
+    seed and its place in the list, not on the batch it was sampled in.
+    """
+    texts, invalid = [], 0
+    for start in range(0, len(lengths), options.batch_size):
+        rows = range(start, min(len(lengths), start + options.batch_size))
+        walk = _Walk(model, lengths, rows, options, prompts, given)
+        ids, bad = walk.run()
+        texts += ids
+        invalid += bad
+    return texts, invalid
+
+
+class _Walk:
+    """One batch on its way from noise to tokens."""
+
+    def __init__(self, model, lengths, rows, options, prompts, given):
+        self.model, self.options = model, options
+        config = model.config
+        self.device = next(model.parameters()).device
+        layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
+        self.layout, self.lengths = layout, [lengths[i] for i in rows]
+        _, mask = layout.pack([np.zeros(n, np.int64) for n in self.lengths])
+        self.mask = mask.to(self.device)  # [B, N, K]
+        self.patches = layout.num_patches(self.lengths)  # [B]
+        self.draws = [generator(options.seed, Stream.GENERATION, 0, i) for i in rows]
+        self.condition = self._condition([prompts[i] for i in rows]) if prompts is not None else None
+        self.fixed_ids, self.fixed = self._given([given[i] for i in rows] if given is not None else None)
+        self.fixed_clean = self._colours(self.fixed_ids)  # [B, N, P], meaningful where fixed
+        self.positions = torch.arange(self.mask.shape[1], device=self.device).expand(self.mask.shape[:2])
+        # With and without the condition: what has been written before the block at hand.
+        self.memories: dict[bool, Memory] = {}
+        self.earlier: Tensor | None = None
+
+    def _condition(self, prompts):
+        ids, mask = self.layout.pack([np.asarray(prompt, np.int64) for prompt in prompts])
+        return self._colours(ids), mask.to(self.device)
+
+    def _colours(self, ids: Tensor) -> Tensor:
+        return self.model.codec.codebook[ids.cpu()].flatten(2).to(self.device)  # [B, N, P]
+
+    def _given(self, given) -> tuple[Tensor, Tensor]:
+        """Known tokens: ids [B, N, K] (0 elsewhere) and where they are, bool [B, N, K]."""
+        if given is None:
+            return torch.zeros_like(self.mask, dtype=torch.int64), torch.zeros_like(self.mask)
+        texts, known = [], []
+        for length, places in zip(self.lengths, given, strict=True):
+            text, where = np.zeros(length, np.int64), np.zeros(length, np.int64)
+            for place, token in places.items():
+                text[place], where[place] = token, 1
+            texts.append(text)
+            known.append(where)
+        return self.layout.pack(texts)[0].to(self.device), self.layout.pack(known)[0].to(self.device) > 0
+
+    def _normal(self) -> Tensor:
+        """Standard normal [B, N, P], float64."""
+        shape = (self.mask.shape[1], self.layout.values)
+        return self._random(shape, self.patches, lambda draw, shape: draw.standard_normal(shape))
+
+    def _random(self, shape: tuple[int, ...], own, draw_from: Callable) -> Tensor:
+        """[B, *shape] from each text's own generator, for its own first rows only: independent of the batch."""
+        values = np.ones((len(self.draws), *shape))
+        for row, draw, count in zip(values, self.draws, own, strict=True):
+            row[:count] = draw_from(draw, (count, *shape[1:]))
+        return torch.from_numpy(values).to(self.device)
+
+    def run(self) -> tuple[list[list[int]], int]:
+        """The texts' ids, and how many colours were no token."""
+        if self.options.block_size:
+            ids, invalid = self._from_left_to_right()
+        else:
+            ids, invalid = self._denoise()
+        order = self.layout.order[: ids.shape[1]].flatten()
+        in_text = torch.argsort(order)
+        rows = ids.flatten(1).cpu()[:, in_text]
+        return [row[:n].tolist() for row, n in zip(rows, self.lengths, strict=True)], int((invalid & self.mask).sum())
+
+    def _from_left_to_right(self) -> tuple[Tensor, Tensor]:
+        """Block after block: ids [B, N, K], and which colours were no token."""
+        self._read_condition()
+        ids, invalid = self.fixed_ids.clone(), torch.zeros_like(self.mask)
+        count = self.mask.shape[1]
+        for start in range(0, count, self.options.block_size):
+            block = self._block(slice(start, start + self.options.block_size))
+            now = slice(start, start + block.mask.shape[1])
+            if not (block.fixed | ~block.mask).all():
+                ids[:, now], invalid[:, now] = block._denoise()
+            if now.stop < count:
+                self._remember(self._colours(ids[:, now]), self.mask[:, now], self.positions[:, now])
+        return ids, invalid
+
+    def _block(self, now: slice) -> _Walk:
+        """The walk of some patches after those that are remembered."""
+        block = copy.copy(self)
+        for name in ("mask", "fixed", "fixed_ids", "fixed_clean", "positions"):
+            setattr(block, name, getattr(self, name)[:, now])
+        block.patches = np.clip(self.patches - now.start, 0, block.mask.shape[1])
+        return block
+
+    def _read_condition(self) -> None:
+        scale = self.options.guidance_scale
+        if self.condition is not None and scale != 0:
+            self.memories[True] = self.model.remember(None, *self.condition, None)
+        if self.condition is None or scale != 1:
+            self.memories[False] = self.model.empty_memory(self.mask)
+
+    def _remember(self, clean: Tensor, mask: Tensor, positions: Tensor) -> None:
+        for given, memory in self.memories.items():
+            self.memories[given] = self.model.remember(memory, clean, mask, positions)
+
+    def _denoise(self) -> tuple[Tensor, Tensor]:
+        """From noise to tokens: ids [B, N, K], and bool [B, N, K], the colour is no token."""
+        in_turn = self.options.sampler == "ancestral" and self.model.config.in_turn
+        grid = timestep_grid(self.model.codec.radix, self._num_steps(), in_turn)
+        ancestral = partial(self._ancestral, eta=self.options.eta)
+        step: Callable = {"euler": self._euler, "heun": self._heun, "ancestral": ancestral}[self.options.sampler]
+        z = self._normal()
+        for t, s in pairwise(grid[:-1].tolist()):
+            z = step(z, t, s)
+        ids, invalid = self._last(z, float(grid[-2]))
+        return torch.where(self.fixed, self.fixed_ids, ids), invalid
+
+    def _num_steps(self) -> int:
+        steps = self.options.steps
+        if steps is None:
+            block = self.options.block_size * self.layout.slots
+            steps = min(MAX_STEPS, STEPS_PER_TOKEN * block) if block else MAX_STEPS
+            one_step = draws_in_one_step(self.model.head, self.options.block_size, self.model.config.in_turn)
+            steps = 1 if self.options.sampler == "ancestral" and one_step else steps
+        return max(1, steps // 2) if self.options.sampler == "heun" else steps
+
+    # ---- predictions ----
+
+    def _predict(self, z: Tensor, t: float) -> Prediction:
+        """The guided prediction at timestep t, certain of the known tokens."""
+        scale = self.options.guidance_scale
+        if self.condition is None or scale == 0:
+            prediction = self._network(z, t, None)
+        else:
+            prediction = self._network(z, t, self.condition)
+            if scale != 1:
+                prediction = self._guide(self._network(z, t, None), prediction, scale)
+        prediction = self._with_given(prediction)
+        if self.model.config.self_conditioning:
+            self.earlier = probabilities(prediction)
+        return prediction
+
+    def _network(self, z: Tensor, t: float, condition) -> Prediction:
+        levels = torch.full(self.mask.shape[:2], t, device=self.device)
+        # A patch that is known as a whole is shown without noise, as prompts are in training.
+        levels = levels.masked_fill((self.fixed | ~self.mask).all(-1) & self.fixed.any(-1), 0.0)
+        z = torch.where((levels == 0)[..., None], self.fixed_clean.to(z.dtype), z)
+        t_in = levels if self.fixed.any() else levels[:, 0]
+        if not self.memories:
+            return self.model.predict(z.float(), t_in, self.mask, condition, self_condition=self.earlier)
+        memory = self.memories[condition is not None]
+        seen = {"positions": self.positions, "memory": memory, "self_condition": self.earlier}
+        return self.model.predict(z.float(), t_in, self.mask, **seen)
+
+    def _guide(self, without: Prediction, given: Prediction, scale: float) -> Prediction:
+        head = self.model.head
+        if not head.features:
+            return Prediction(head, without.clean + scale * (given.clean - without.clean), None)
+        return ChangedPrediction(head, lambda _, old, new: old + scale * (new - old), without, given)
+
+    def _with_given(self, prediction: Prediction) -> Prediction:
+        """The same where nothing is known. Every step moves towards what is predicted, so that the states of known
+        tokens stay on their own noising path."""
+        if not self.fixed.any():
+            return prediction
+        head = self.model.head
+        if not head.features:
+            where = self.fixed.repeat_interleave(self.model.codec.digits_per_token, -1)
+            return Prediction(head, torch.where(where, self.fixed_clean, prediction.clean), None)
+        # What a clean colour says of its token: hundreds of nats for the one, against all others.
+        certain = head.log_likelihood(self.fixed_clean, *alpha_sigma(torch.zeros(1, 1, device=self.device)))
+        where = self.fixed.view(self.fixed.shape + (1,) * (certain.dim() - 3))
+        certain = (certain * where).flatten(1, 2)
+        return ChangedPrediction(head, lambda tokens, logits: logits + certain[:, tokens], prediction)
+
+    # ---- steps ----
+
+    def _euler(self, z: Tensor, t: float, s: float, clean: Tensor | None = None) -> Tensor:
+        clean = self._predict(z, t).clean.double() if clean is None else clean
+        ratio = s / t  # sigma_s / sigma_t
+        return ratio * z + ((1 - s / 1000) - (1 - t / 1000) * ratio) * clean
+
+    def _heun(self, z: Tensor, t: float, s: float) -> Tensor:
+        here = self._predict(z, t).clean.double()
+        there = self._predict(self._euler(z, t, s, here), s).clean.double()
+        return self._euler(z, t, s, 0.5 * (here + there))
+
+    def _ancestral(self, z: Tensor, t: float, s: float, eta: float = 1.0) -> Tensor:
+        clean = self._draw(self._predict(z, t)).double()
+        alpha_t, sigma_t, alpha_s, sigma_s = 1 - t / 1000, t / 1000, 1 - s / 1000, s / 1000
+        old = (z - alpha_t * clean) / sigma_t
+        # The deviation of q(z_s | z_t, clean) is sigma_s times this root.
+        fresh = min(1.0, eta * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2) ** 0.5)
+        return alpha_s * clean + sigma_s * ((1 - fresh**2) ** 0.5 * old + fresh * self._normal())
+
+    def _draw(self, prediction: Prediction) -> Tensor:
+        """Clean patches drawn from the posterior (the mean itself for the linear head, which has no posterior)."""
+        if not self.model.head.features:
+            return prediction.clean
+        return self.model.head.colours(self._choose_all(prediction))
+
+    def _choose_all(self, prediction: Prediction) -> Tensor:
+        """Candidates drawn for every token: independently, or in turn."""
+        if not prediction.is_in_turn:
+            return self._choose(prediction.logits, self.patches)
+        ids = torch.zeros_like(self.fixed_ids)
+        tokens = ids.view(len(ids), -1)
+        for turn in range(min(RUN, tokens.shape[1])):
+            own = [len(range(turn, count * self.layout.slots, RUN)) for count in self.patches]
+            tokens[:, turn::RUN] = self._choose(prediction.logits_in_turn(turn, ids), own)
+        return ids
+
+    def _choose(self, logits: Tensor, own) -> Tensor:
+        """Draws from softmax(logits) [B, n, …] along the last axis (Gumbel maximum, noise from each text's own
+        generator, for its `own` first rows of n)."""
+        exponential = self._random(logits.shape[1:], own, lambda draw, shape: draw.standard_exponential(shape))
+        return (logits - exponential.log()).argmax(-1)
+
+    def _last(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Reads the tokens off the cleanest state: `ancestral` draws them, the others take the most likely."""
+        prediction = self._predict(z, t)
+        is_drawn = self.options.sampler == "ancestral" and self.model.head.features
+        return self.model.read(prediction, self._choose_all(prediction) if is_drawn else None)

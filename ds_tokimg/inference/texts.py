@@ -1,0 +1,132 @@
+"""Writing texts with a trained model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_tokimg.errors import UserError
+from ds_tokimg.inference.loading import TrainedModel
+from ds_tokimg.inference.sampler import SamplingOptions, sample
+from ds_tokimg.tokens import tokenizer as tokenizers
+
+GAP = re.compile(r"<gap:(\d+)>")
+
+
+def generate(
+    trained: TrainedModel, prompts: list[str | None], options: SamplingOptions, max_new_tokens: int | None = None
+) -> list[dict]:
+    """One text per prompt (None: from noise alone).
+
+    A model trained with conditions answers a prompt; another continues it: the prompt's tokens are held fixed at the
+    start of the image. Returns a dict each: prompt, text (up to EOS), token_ids (of the text, without EOS),
+    num_tokens, image_ids (all tokens of the image). Raises UserError when a prompt leaves no room.
+    """
+    text_format = trained.format
+    room = text_format.canvas * trained.layout.slots or text_format.max_tokens
+    ids = [[] if prompt is None else _prompt_ids(trained, prompt) for prompt in prompts]
+    length = _length(max_new_tokens, trained.layout.codec.capacity(trained.layout.img_size), room)
+    if text_format.enable_condition:
+        rows, invalid = sample(trained.model, [length] * len(ids), options, prompts=ids)
+        starts = [0] * len(ids)
+    else:
+        starts = [len(prompt) for prompt in ids]
+        for prompt, start in zip(prompts, starts, strict=True):
+            if start >= room:
+                raise UserError(f"the prompt {prompt!r} has {start} tokens; the image holds {room}: shorten it")
+        lengths = [min(room, start + length) for start in starts]
+        given = [dict(enumerate(prompt)) for prompt in ids] if any(starts) else None
+        rows, invalid = sample(trained.model, lengths, options, given=given)
+    _report(invalid)
+    return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
+
+
+def infill(trained: TrainedModel, text: str, options: SamplingOptions, count: int = 1) -> list[dict]:
+    """`count` fillings of a text with gaps (`<gap:N>`, N tokens each): dicts as those of `generate`.
+
+    What stands between the gaps stays, token by token. A model sees both sides of a gap when the whole image is
+    written at once (block_size 0), and only what stands before it from left to right. Raises UserError for a text
+    without a gap, or one that does not fit, or a model that was trained to answer.
+    """
+    if trained.format.enable_condition:
+        raise UserError("--infill: this model was trained with --enable_condition; it answers a --prompt instead")
+    known, length = _known_tokens(trained, text)
+    if length > trained.format.max_tokens:
+        raise UserError(f"--infill: {length} tokens with the gaps; the image holds {trained.format.max_tokens}")
+    rows, invalid = sample(trained.model, [length] * count, options, given=[known] * count)
+    _report(invalid)
+    texts = [trained.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [
+        {"prompt": text, "text": filled, "token_ids": row, "num_tokens": length, "image_ids": row}
+        for filled, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _known_tokens(trained: TrainedModel, text: str) -> tuple[dict[int, int], int]:
+    """Of a text with gaps: {place: token id}, and how many tokens it has with its gaps."""
+    pieces = GAP.split(text)  # text, N, text, N, … text
+    gaps = [int(size) for size in pieces[1::2]]
+    if not any(gaps):
+        raise UserError(f"--infill {text[:40]!r}: no gap to fill; write one of 8 tokens as <gap:8>")
+    known, place = {}, 0
+    for piece, gap in zip(pieces[::2], [*gaps, 0], strict=True):
+        ids = tokenizers.encode(trained.tokenizer, [piece])[0].tolist()
+        known |= dict(enumerate(ids, start=place))
+        place += len(ids) + gap
+    return known, place
+
+
+def _report(invalid: int) -> None:
+    if invalid:
+        print(f"{invalid} colours were no token; the nearest was taken")
+
+
+def _prompt_ids(trained: TrainedModel, prompt: str) -> list[int]:
+    ids = tokenizers.encode_prompt(trained.tokenizer, prompt, trained.format.use_chat_template).tolist()
+    capacity = trained.layout.codec.capacity(trained.layout.img_size)
+    if len(ids) > capacity:
+        raise UserError(f"the prompt {prompt[:40]!r}… has {len(ids)} tokens; an image holds {capacity}: shorten it")
+    return ids
+
+
+def _length(max_new_tokens: int | None, capacity: int, room: int) -> int:
+    if max_new_tokens is None:
+        return room
+    if not 1 <= max_new_tokens <= capacity:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: between 1 and the image's {capacity}")
+    return max_new_tokens
+
+
+def _as_text(trained: TrainedModel, prompt: str | None, row: list[int], start: int) -> dict:
+    eos = trained.format.eos_id
+    ids = row[start:]
+    while ids and ids[0] == eos and not trained.format.enable_condition and start == 0:
+        ids = ids[1:]  # a packed image may open with the end of the text before
+    ids = ids[: ids.index(eos)] if eos in ids else ids
+    text = trained.tokenizer.decode(ids, skip_special_tokens=True)
+    return {"prompt": prompt, "text": text, "token_ids": ids, "num_tokens": len(ids), "image_ids": row}
+
+
+def show(texts: list[dict]) -> None:
+    for number, text in enumerate(texts):
+        title = f"[{number}]" if text["prompt"] is None else f"[{number}] {text['prompt']!r} ->"
+        print(f"{title} ({text['num_tokens']} tokens) {text['text']}")
+
+
+def images_of(trained: TrainedModel, texts: list[dict]) -> Tensor:
+    """The images of generated texts, [n, 3, H, W] in [0, 1]."""
+    layout = trained.layout
+    options = (layout.img_size, layout.layout, layout.patch_size)
+    return torch.stack([(layout.codec.encode(text["image_ids"], *options)[0] + 1) / 2 for text in texts])
+
+
+def save_images(trained: TrainedModel, texts: list[dict], directory: Path) -> None:
+    """Writes sample_0000.png, … into the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    layout = trained.layout
+    for number, text in enumerate(texts):
+        path = directory / f"sample_{number:04d}.png"
+        layout.codec.save_png(path, text["image_ids"], layout.img_size, layout.layout, layout.patch_size)

@@ -1,0 +1,101 @@
+"""Floating-point operations of training, counted exactly, and what the machine could do.
+
+Counted are the matrix products that the model's definition asks for, 2 per multiply-add:
+
+    forward     2 · rows · in · out of every linear layer, 4 · B · L² · C a block for attention (L: positions)
+    backward    the same for the inputs and the same for the weights of each product, where gradients go there
+
+Left out are what an implementation does on top of that (recomputing activations or scores), everything that is not a
+matrix product (norms, softmax, the optimiser), and the matched filter, D + 1 multiply-adds a candidate. Positions that
+are computed but hold padding do count: `padding_fraction` is the share of the work that is lost on them.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from ds_tokimg.model.heads.tree import TreeHead
+from ds_tokimg.model.jit import JiT
+
+PEAK_SECONDS = 0.2
+_PEAK_SIZE_CPU, _PEAK_SIZE_ELSEWHERE = 1024, 4096
+
+
+def train_flops(model: JiT, batch: dict[str, Tensor]) -> int:
+    """Of the forward and backward of one micro-batch as `TrainingLoss` takes it (only shapes are looked at)."""
+    flops = _pass_flops(model, batch, backward=True)
+    if "self_condition" in batch:
+        flops += _pass_flops(model, batch, backward=False)
+    return flops
+
+
+def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
+    samples, patches, slots = batch["ids"].shape
+    prompt = batch["condition_ids"].shape[1] if "condition_ids" in batch else 0
+    clean = prompt + (patches if "blocks" in batch else 0)  # a prompt, and the context from left to right
+    length = patches + clean
+    positions = samples * length
+    # Noise levels: one a sample or one a patch, and one for its condition, which has no noise.
+    levels = samples * (batch["t"].shape[1] if batch["t"].dim() == 2 else 1)
+    times = levels + samples * (("condition_ids" in batch) + ("blocks" in batch))
+    data, hidden = (2, 3) if backward else (1, 1)  # passes over a product whose input is data, or needs a gradient
+
+    def linear(layer: nn.Linear, rows: int, passes: int = hidden) -> int:
+        return 2 * layer.in_features * layer.out_features * rows * passes
+
+    learned_input = hasattr(model.head, "token_input")
+    flops = linear(model.patch_embed, positions, hidden if learned_input else data)
+    flops += linear(model.before_embed, positions)
+    flops += linear(model.time_embed.mlp[0], times, data) + linear(model.time_embed.mlp[2], times)
+    flops += linear(model.time_embed.modulation, times)
+    entry = model.entry if "blocks" in batch else 0
+    if entry:
+        flops += linear(model.read_embed, samples * patches)
+    for index, block in enumerate(model.blocks):
+        inside = clean if index < entry else length
+        asking = patches if block is model.blocks[-1] else inside
+        layers = (block.attention.out, block.mlp.gate_up, block.mlp.down)
+        flops += linear(block.attention.qkv, samples * inside)
+        flops += sum(linear(layer, samples * asking) for layer in layers)
+        flops += 4 * samples * asking * inside * model.config.width * hidden
+    flops += linear(model.final.modulation, levels)
+    if model.neighbours is not None:
+        for layer in (model.neighbours.output, model.token_mlp.own):
+            flops += linear(layer, samples * patches * slots, hidden if learned_input else data)
+        for layer in (model.token_mlp.mlp.gate_up, model.token_mlp.mlp.down):
+            flops += linear(layer, samples * patches * slots)
+    if not learned_input:
+        return flops + linear(model.head.output, samples * patches)
+    if isinstance(model.head.to_tokens, nn.Linear):
+        flops += linear(model.head.to_tokens, samples * patches)
+    if isinstance(model.head, TreeHead):
+        width, depth = model.head.token_output.in_features, model.head.way.shape[1]
+        return flops + 2 * samples * patches * slots * width * depth * hidden
+    inputs = 2 if model.config.self_conditioning and "self_condition" in batch and backward else 1
+    flops += linear(model.head.token_input, positions * slots, data) * inputs
+    return flops + linear(model.head.token_output, samples * patches * slots)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_SECONDS) -> float:
+    """Floating-point operations a second of large matrix products, the best of those that fit in `seconds`."""
+    size = _PEAK_SIZE_CPU if device.type == "cpu" else _PEAK_SIZE_ELSEWHERE
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    result, best, begun = torch.empty_like(left), float("inf"), time.perf_counter()
+    torch.mm(left, right, out=result)  # the first one sets up the library
+    while True:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=result)
+        _wait(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - begun > seconds:
+            return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,196 @@
+"""Tokenizers: load one, train one, and turn texts into ids at the speed of the Rust library.
+
+`transformers` and `tokenizers` are imported when first needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ds_tokimg.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Texts handed to Rust at a time. Larger batches fall out of the CPU's cache (4,000 lines: 10-20 % slower), smaller
+# ones pay for the call.
+_BATCH_TEXTS = 1000
+_BATCH_CHARACTERS = 1_000_000
+
+_BYTE_ALPHABET = 256
+
+
+def load_tokenizer(path_or_name: str | Path):
+    """A tokenizer from a folder or a hub name, with EOS and padding tokens.
+
+    A tokenizer without EOS gets `<|endoftext|>` (one more id unless it knows the word); without padding token, EOS
+    pads. Code that comes with a tokenizer is never run, and a folder is never looked up on the network.
+
+    Raises UserError when there is no such tokenizer or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    local = Path(path_or_name).expanduser()
+    source = str(local) if local.exists() else str(path_or_name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local.exists())
+    except Exception as error:  # the library raises whatever its parsers and the network raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"cannot load the tokenizer {str(path_or_name)!r}: {reason}. Give a folder that AutoTokenizer can "
+            "read (tokenizer.json, tokenizer_config.json) or a Hugging Face name; without --tokenizer_path one "
+            "is trained."
+        ) from error
+    return ensure_special_tokens(tokenizer)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024):
+    """Trains a byte-level BPE: id 0 is `<|endoftext|>` (EOS and padding), then the 256 bytes, then merges.
+
+    A small corpus may have fewer merges than asked for. Raises UserError when the bytes alone do not fit.
+    """
+    if vocab_size < _BYTE_ALPHABET + 1:
+        raise UserError(
+            f"vocab_size {vocab_size} is too small for a byte-level tokenizer: {_BYTE_ALPHABET} bytes and one "
+            f"end-of-text token need at least {_BYTE_ALPHABET + 1}"
+        )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def ensure_special_tokens(tokenizer):
+    """The same tokenizer, with EOS and padding tokens added where it has none."""
+    if tokenizer.eos_token_id is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def vocab_size(tokenizer) -> int:
+    """V, the highest id + 1 (added tokens included; ids may have gaps)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fingerprint(tokenizer) -> str:
+    """Hex digest of all that decides which ids a text gets: equal for a tokenizer and its saved copy."""
+    backend = _backend(tokenizer)
+    if backend is not None:
+        definition = backend.to_str()
+    else:
+        definition = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    content = f"{tokenizer.eos_token_id}\n{definition}"
+    return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Texts -> their ids end to end, int32 [total], and the length of each, int64 [len(texts)].
+
+    Nothing is added: no BOS, no EOS. With `parse_special=False` a text that happens to contain `<|endoftext|>` is
+    spelt out as plain characters, so that no document can forge the end of a text; chat templates need True.
+    """
+    encode_batch = _batch_encoder(tokenizer, parse_special)
+    values, lengths = array("i"), array("q")
+    for batch in _batches(texts):
+        # One text at a time: Python's integers are gone again before they fall out of the CPU's cache.
+        for ids in encode_batch(batch):
+            values.fromlist(ids)
+            lengths.append(len(ids))
+    return np.array(values, dtype=np.int32), np.array(lengths, dtype=np.int64)
+
+
+def _batch_encoder(tokenizer, parse_special: bool):
+    """A function list of texts -> lists of ids, made when they are asked for."""
+    backend = _backend(tokenizer)
+    if backend is None:
+        return lambda batch: tokenizer(batch, add_special_tokens=False, split_special_tokens=not parse_special)[
+            "input_ids"
+        ]
+    backend.encode_special_tokens = not parse_special
+    return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
+
+
+def _backend(tokenizer):
+    """The Rust tokenizer with truncation and padding off (its file may ask for them), or None."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def _batches(texts: Sequence[str]):
+    """Cuts texts into lists of at most _BATCH_TEXTS texts and about _BATCH_CHARACTERS characters."""
+    start, characters = 0, 0
+    for i, text in enumerate(texts):
+        characters += len(text)
+        if i + 1 - start >= _BATCH_TEXTS or characters >= _BATCH_CHARACTERS:
+            yield texts[start : i + 1]
+            start, characters = i + 1, 0
+    if start < len(texts):
+        yield texts[start:]
+
+
+def require_chat_template(tokenizer) -> None:
+    """Raises UserError when the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"--use_chat_template: the tokenizer {tokenizer.name_or_path or '(trained here)'!r} has no chat "
+            "template; leave the flag out (prompt and answer are then joined by a line break) or give a "
+            "tokenizer that has one"
+        )
+
+
+def chat_format(tokenizer, prompt: str, answer: str) -> tuple[str, str]:
+    """A prompt/answer pair in the chat template: (all up to where the assistant speaks, the rest).
+
+    The rest comes without the template's own end-of-text, which the caller appends as an id.
+    """
+    user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+    opening = chat_prompt(tokenizer, prompt)
+    whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    if not whole.startswith(opening):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} writes a conversation differently once the "
+            "answer is there, so prompt and answer cannot be told apart; leave --use_chat_template out"
+        )
+    reply = whole[len(opening) :]
+    if reply.rstrip().endswith(tokenizer.eos_token):
+        reply = reply.rstrip().removesuffix(tokenizer.eos_token)
+    return opening, reply
+
+
+def chat_prompt(tokenizer, prompt: str) -> str:
+    """A prompt in the tokenizer's chat template, up to where the assistant speaks."""
+    message = {"role": "user", "content": prompt}
+    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompt(tokenizer, prompt: str, use_chat_template: bool = False) -> np.ndarray:
+    """The ids of a prompt as training saw them: int32 [m]."""
+    if use_chat_template:
+        require_chat_template(tokenizer)
+        prompt = chat_prompt(tokenizer, prompt)
+    return encode(tokenizer, [prompt], parse_special=use_chat_template)[0]

@@ -1,0 +1,204 @@
+"""What a run is made of, put together before anything is written: tokenizer, data, codec, model, engine settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ds_tokimg.data import corpus
+from ds_tokimg.data.batch import BatchMaker
+from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.data.order import steps_per_epoch
+from ds_tokimg.data.text_format import TextFormat, dataset_of
+from ds_tokimg.errors import UserError
+from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.model.jit import JiT
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.tokens import tokenizer as tokenizers
+from ds_tokimg.tokens.codec import TokenCodec
+from ds_tokimg.tokens.layout import PatchLayout
+from ds_tokimg.tokens.palette import semantic_palette
+from ds_tokimg.training.objective import TrainingLoss
+
+
+@dataclass
+class Parts:
+    """Everything of a run but the engine."""
+
+    tokenizer: object
+    text_format: TextFormat
+    layout: PatchLayout
+    train_set: TokenImageDataset
+    eval_set: TokenImageDataset
+    module: TrainingLoss
+    batch_maker: BatchMaker
+
+    def steps_per_epoch(self, train_batch_size: int) -> int:
+        return steps_per_epoch(len(self.train_set), train_batch_size)
+
+    @cached_property
+    def unigram_entropy(self) -> float:
+        """Bits per token of the training tokens, each alone: what a model without context could reach."""
+        counts = self.train_set.token_counts().astype(float)
+        share = counts[counts > 0] / counts.sum()
+        return float(-(share * np.log2(share)).sum())
+
+
+def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
+    """Loads and checks all parts. `resumed`: the checkpoint folder that the run goes on from.
+
+    Raises UserError for what the user has to change.
+    """
+    start = load_trained(config.init_from) if config.init_from else None
+    tokenizer = dist.on_first_rank(lambda: choose_tokenizer(config, resumed, start))
+    text_format = TextFormat.of_run(config, tokenizer, canvas=0)
+    layout = PatchLayout(_codec(config, tokenizer, start), config.img_size, config.patch_size, config.layout)
+    train_set, eval_set = _data_sets(config, text_format, layout, tokenizer)
+    if config.palette == "semantic" and layout.codec.palette is None:
+        layout = _with_palette(layout, train_set, dist, resumed)
+        train_set, eval_set = _data_sets(config, text_format, layout, tokenizer)
+    if config.enable_condition:
+        answers = train_set.lengths[train_set.prompt_lengths > 0]
+        canvas = int(layout.num_patches([answers.max(initial=1)])[0])
+        text_format = TextFormat.of_run(config, tokenizer, canvas)
+    module = _module(config, layout.codec, start, dist.device)
+    maker = BatchMaker(
+        layout,
+        module.timesteps,
+        config.seed,
+        patch_noise=config.patch_noise,
+        condition_drop=config.condition_drop if config.enable_condition else None,
+        self_conditioning=config.self_conditioning,
+        block_size=config.block_size,
+        canvas=text_format.canvas,
+        eos_id=text_format.eos_id,
+        in_turn=in_turn_share(config, module.model),
+    )
+    return Parts(tokenizer, text_format, layout, train_set, eval_set, module, maker)
+
+
+def choose_tokenizer(config: TrainConfig, resumed: Path | None, start):
+    """The run's own when it goes on, the given one, that of --init_from, or one trained on the corpus."""
+    given = tokenizers.load_tokenizer(config.tokenizer_path) if config.tokenizer_path else None
+    own, source = None, None
+    if resumed is not None:
+        source = resumed.parent.parent / "tokenizer"
+        own = tokenizers.load_tokenizer(source)
+    elif start is not None:
+        own, source = start.tokenizer, config.init_from
+    if own is None:
+        return given or tokenizers.train_tokenizer(corpus.read_texts(config.data_path), config.vocab_size)
+    if given is not None and tokenizers.fingerprint(given) != tokenizers.fingerprint(own):
+        raise UserError(
+            f"--tokenizer_path {config.tokenizer_path} is not the tokenizer that {source} was trained with: "
+            "leave the flag out, or start a new run"
+        )
+    return own
+
+
+def _codec(config: TrainConfig, tokenizer, start) -> TokenCodec:
+    if start is not None:
+        codec = start.layout.codec
+        if (codec.token_size, config.radix or codec.radix) != (config.token_size, codec.radix):
+            raise UserError(
+                f"--init_from {config.init_from} writes tokens with token_size {codec.token_size} and radix "
+                f"{codec.radix}; the flags say {config.token_size} and {config.radix}: use the same"
+            )
+        return codec
+    try:
+        return TokenCodec(tokenizers.vocab_size(tokenizer), config.token_size, config.radix)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _data_sets(config: TrainConfig, text_format: TextFormat, layout: PatchLayout, tokenizer):
+    """Training and validation texts. Without --eval_data_path some documents of the training data are held out."""
+
+    def texts(path: str, split: str):
+        return dataset_of(text_format, layout, tokenizer, path, split, config.cache_dir)
+
+    if config.eval_data_path:
+        train_set, eval_set = texts(config.data_path, "all"), texts(config.eval_data_path, "all")
+    else:
+        train_set, eval_set = texts(config.data_path, "train"), texts(config.data_path, "eval")
+    if not len(train_set):
+        raise UserError(
+            f"{config.data_path}: no text is left to train on (--eval_fraction {config.eval_fraction} holds all of it "
+            "out): give more data, or --eval_data_path"
+        )
+    return train_set, eval_set
+
+
+def _with_palette(layout: PatchLayout, train_set, dist, resumed: Path | None) -> PatchLayout:
+    codec = layout.codec
+    if resumed is not None:
+        palette = json.loads((resumed / "model.json").read_text())["codec"]["palette"]
+    else:
+        palette = dist.on_first_rank(
+            lambda: semantic_palette(train_set.token_stream(), codec.vocab_size, codec.radix, codec.token_size)
+        )
+    codec = TokenCodec(codec.vocab_size, codec.token_size, codec.radix, palette)
+    return PatchLayout(codec, layout.img_size, layout.patch_size, layout.layout)
+
+
+def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device) -> TrainingLoss:
+    """Model and objective with the run's initial weights, the same on every rank."""
+    torch.manual_seed(config.seed)
+    try:
+        model = JiT.from_name(
+            config.model,
+            codec,
+            config.img_size,
+            config.head,
+            posterior=config.posterior,
+            layout=config.layout,
+            positions=config.positions,
+            self_conditioning=config.self_conditioning > 0,
+            noisy_depth=config.noisy_depth,
+            neighbours=config.neighbours,
+            in_turn=None if config.in_turn is None else config.in_turn > 0,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if start is not None:
+        _load_initial(model, start, config.init_from)
+    if config.compile:
+        _compile(model, device)
+    return TrainingLoss(model, config.objective, config.timesteps, config.block_size)
+
+
+def in_turn_share(config: TrainConfig, model: JiT) -> float:
+    """The share of samples whose tokens are predicted in turn."""
+    if not model.config.in_turn or config.in_turn is not None:
+        return config.in_turn or 0.0
+    # Patches alone are never drawn otherwise; but the log's bits are those of many small steps (see `TrainingLoss`).
+    return 1.0 if config.block_size == 1 and config.timesteps == "noisy" else 0.75
+
+
+def _compile(model: JiT, device: torch.device) -> None:
+    """Each block on its own, when it is first called: they share one piece of code, whatever their number. It is made
+    for all batch sizes and lengths, as batches are formed by length."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler on a CPU, and there is no {compiler}: install it or set CXX")
+    for block in model.blocks:
+        block.compile(dynamic=True)
+
+
+def _load_initial(model: JiT, start, source: str) -> None:
+    theirs, ours = start.model.state_dict(), model.state_dict()
+    wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
+    if wrong or set(theirs) - set(ours):
+        raise UserError(
+            f"--init_from {source} holds another model ({wrong[0] if wrong else 'more weights'} differs): "
+            "use the same --model, --head, --posterior, --self_conditioning, --noisy_depth and --neighbours"
+        )
+    model.load_state_dict(theirs)

@@ -1,0 +1,284 @@
+"""Bits per token: a bound on the likelihood of text under the diffusion model.
+
+A Gaussian diffusion model bounds the likelihood of what it generates (Kingma et al., "Variational diffusion models",
+2021, eqs. 11-18; in variance-preserving scaling, where SNR = exp(log_snr)):
+
+    -log p(tokens) <=   1/2 * integral of SNR * ||clean - clean_pred(z)||^2 over log_snr     (diffusion)
+                      + KL(q(z at the noisiest level) || N(0, 1))                             (prior)
+                      - E log p(tokens | z at the cleanest level)                             (decoding)
+
+The integral is estimated on stratified noise levels with fixed noise per sample, so the figure is reproducible. Our
+noising path is another scaling of the same process: SNR and clean_pred, hence the bound, do not depend on it.
+
+That is the bound of sampling in many small steps. Of a single step, from pure noise straight to the tokens, it is the
+last two terms, both at the noise level where sampling starts (the same theory, eq. 11 with T = 1). Where tokens are
+drawn in turn, the integral ends at the level where they are, and the decoding term is their cross-entropy there, each
+given those drawn before it (the chain rule).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_tokimg.data.text_format import TextFormat
+from ds_tokimg.diffusion.band import LOG_SNR_MIN, MARGIN
+from ds_tokimg.diffusion.levels import NoiseLevels, SamplingPath
+from ds_tokimg.model.heads.base import draws_in_one_step
+from ds_tokimg.tokens.layout import PatchLayout
+from ds_tokimg.training.objective import TrainingLoss
+from ds_tokimg.training.validation import ValidationBatches
+
+# Noise levels a text is evaluated at, in training and by `evaluate`.
+DEFAULT_LEVELS = 8
+# The share of correctly read tokens is reported between these timesteps.
+ACCURACY_BINS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The estimate, and what comes with it."""
+
+    nats: np.ndarray  # [samples] bound on -log p of each text
+    tokens: np.ndarray  # [samples] valid tokens
+    num_bytes: int  # UTF-8 bytes of the texts
+    loss: float  # the objective on the same texts, per valid pixel, over the trained noise levels within the integral;
+    # where tokens are drawn in turn, its average over those before they are
+    token_accuracy: float  # share of tokens read correctly, averaged over the noise levels of the integral
+    accuracy_per_level: dict[str, float]  # the same by timestep, "t0-100" …
+    invalid_token_rate: float  # share of predictions whose colour is no token
+
+    @property
+    def bits_per_token(self) -> float:
+        return float(self.nats.sum() / (math.log(2) * self.tokens.sum()))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / (math.log(2) * self.num_bytes))
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of bits_per_token over the texts (a ratio estimator); nan for a single text."""
+        if len(self.nats) < 2:
+            return math.nan
+        residual = self.nats / math.log(2) - self.bits_per_token * self.tokens
+        return float(residual.std(ddof=1) * math.sqrt(len(residual)) / self.tokens.sum())
+
+
+def estimate_bound(
+    forward: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dataset,
+    layout: PatchLayout,
+    *,
+    timesteps,
+    num_levels: int = DEFAULT_LEVELS,
+    seed: int = 0,
+    conditional: bool = False,
+    self_conditioning: bool = False,
+    block_size: int = 0,
+    one_step: bool = False,
+    in_turn: bool = False,
+    canvas: int = 0,
+    eos_id: int = 0,
+    patches_per_batch: int = 1024,
+    rank: int = 0,
+    world_size: int = 1,
+    all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
+    device: torch.device | str = "cpu",
+) -> Bound:
+    """Bounds -log p of every text of a data set.
+
+    Args:
+        forward: `TrainingLoss.forward` with per_patch=True (or the engine around it); `one_step` does not need its
+            mean.
+        dataset: has `len`, `.ids(i)`, `.num_bytes`, and `.prompt_ids(i)` when `conditional`.
+        timesteps: the `TimestepSampler` of training; weights the reported objective as training does.
+        num_levels: noise levels a text is evaluated at, stratified within the text and across texts.
+        block_size: 0 bounds the path on which all patches lose their noise together; else that on which blocks of so
+            many patches do so one after another, each seeing the clean ones before it.
+        one_step: every block is drawn in one step from pure noise, instead of many small ones. An upper bound for any
+            model with a posterior; tight where the tokens of a block do not depend on each other, so for one alone.
+        in_turn: many small steps end at the level `NoiseLevels.drawn_at`, where tokens are drawn one
+            after another, runs of them side by side; with `one_step` they are drawn so in this step.
+        canvas: patches that a conditional answer is filled up to (the model does not know its length).
+        patches_per_batch: size of the batches that are evaluated.
+        rank, world_size, all_reduce: texts are dealt over the ranks; all_reduce sums a float64 tensor over them.
+
+    All ranks return the same Bound. Raises ValueError for a data set without texts.
+    """
+    if not len(dataset):
+        raise ValueError("there are no validation texts to bound")
+    path = SamplingPath(NoiseLevels.of(layout.codec.radix), one_step, in_turn)
+    batches = ValidationBatches(dataset, layout, path, seed, block_size, conditional, self_conditioning, canvas, eos_id)
+    sums = _Sums(path, timesteps, len(dataset))
+
+    @torch.no_grad()
+    def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        result = forward({name: value.to(device) for name, value in batch.items()})
+        return {name: value.double().cpu() for name, value in result.items()}  # sums per patch [B, N]
+
+    for indices in batches.of_rank(rank, world_size, patches_per_batch):
+        for level in range(num_levels):
+            log_snr, density = path.quantile((level + batches.offsets(indices)) / num_levels)
+            batch = batches.make(indices, log_snr, noise=level)
+            sums.add_level(indices, batch, measure(batch), log_snr, density * num_levels)
+        if path.drawn_at is not None:
+            sums.add_nats(indices, measure(batches.drawn(indices, noise=num_levels))["nats"])
+    sums.reduce(all_reduce)
+    pixels = int(batches.scored_tokens.sum()) * layout.codec.token_size**2
+    correct, invalid, seen = sums.reading.sum(0).tolist()
+    bins = zip(ACCURACY_BINS, ACCURACY_BINS[1:], sums.reading.tolist(), strict=False)
+    return Bound(
+        nats=sums.nats.numpy() + _fixed_nats(batches, layout.codec),
+        tokens=batches.text_tokens,
+        num_bytes=dataset.num_bytes,
+        loss=float(sums.objective.sum()) / path.trained(timesteps) / pixels,
+        token_accuracy=correct / seen,
+        accuracy_per_level={f"t{low}-{high}": c / n for low, high, (c, _, n) in bins if n},
+        invalid_token_rate=invalid / seen,
+    )
+
+
+def prior_nats(clean: Tensor, log_snr: float = LOG_SNR_MIN) -> Tensor:
+    """KL(q(z at log_snr) || N(0, 1)) of clean values [..., D], summed over the last axis, in nats."""
+    alpha2 = 1.0 / (1.0 + math.exp(-log_snr))
+    sigma2 = 1.0 - alpha2
+    return 0.5 * (alpha2 * clean.double() ** 2 + sigma2 - 1.0 - math.log(sigma2)).sum(-1)
+
+
+def decoding_nats() -> float:
+    """An upper bound on -E log p(digit | z at the cleanest level) for a reader without context, in nats a digit.
+
+    -log p = log(1 + sum of likelihood ratios); neighbours at distance 2 MARGIN deviations dominate, and
+    E log(1 + r) <= P(wrong side) * its mean size; both tails together stay below 2 Q(MARGIN) * (1 + MARGIN^2).
+    """
+    return math.erfc(MARGIN / math.sqrt(2)) * (1.0 + MARGIN**2)
+
+
+def _fixed_nats(batches: ValidationBatches, codec) -> np.ndarray:
+    """The terms of each text's bound that need no network."""
+    nats = np.zeros(len(batches))
+    for index in range(len(nats)):
+        colours = codec.codebook[torch.from_numpy(batches.ids(index))]
+        nats[index] = prior_nats(colours, batches.path.noisiest).sum()
+        if batches.path.drawn_at is None:
+            nats[index] += colours.numel() * decoding_nats()
+    return nats
+
+
+class _Sums:
+    """What is added up over batches, float64."""
+
+    def __init__(self, path: SamplingPath, timesteps, texts: int):
+        self.path, self.timesteps = path, timesteps
+        self.nats, self.objective = (torch.zeros(texts, dtype=torch.float64) for _ in range(2))
+        # By timestep: tokens read correctly, colours that are no token, tokens.
+        self.reading = torch.zeros(len(ACCURACY_BINS) - 1, 3, dtype=torch.float64)
+
+    def add_level(self, indices, batch, result, log_snr: np.ndarray, weight: np.ndarray) -> None:
+        """Adds one batch's integrand to its texts. log_snr, weight (density times levels a text): [B, N or 1]."""
+        if not len(indices):
+            return
+        t = batch["t"].double().view(len(indices), -1)
+        snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
+        if not self.path.one_step:
+            self.add_nats(indices, 0.5 * snr / weight * result["squared_error"])
+        # The objective is an average over the training's noise levels: importance weights turn ours into those.
+        self.objective[indices] += (self.timesteps.density(t).double() / weight * result["loss"]).sum(1)
+        bins = torch.bucketize(t, torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True).expand_as(result["loss"])
+        counts = torch.stack([result["correct"], result["invalid"], batch["mask"].sum(-1).double()], -1)
+        self.reading.index_add_(0, bins.flatten(), counts.flatten(0, 1))
+
+    def add_nats(self, indices, nats: Tensor) -> None:
+        """nats: [B, N]."""
+        self.nats[indices] += nats.sum(1)[: len(indices)]
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        self.nats, self.objective, self.reading = map(all_reduce, (self.nats, self.objective, self.reading))
+
+
+class _Texts:
+    """A list of token id lists in the shape of a data set."""
+
+    def __init__(self, texts, prompts=None, num_bytes: int | None = None):
+        self._texts = [np.asarray(text, dtype=np.int64) for text in texts]
+        self._prompts = None if prompts is None else [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+        self.num_bytes = num_bytes or 0
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def ids(self, index: int) -> np.ndarray:
+        return self._texts[index]
+
+    def prompt_ids(self, index: int) -> np.ndarray:
+        return self._prompts[index]
+
+
+def bits_per_token(
+    model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVELS, block_size: int = 0, seed: int = 0
+) -> float:
+    """The bound of a model on texts, in bits per token.
+
+    Args:
+        model: a `JiT`.
+        texts: lists of token ids (each at most the image's capacity).
+        prompts: a list of token ids per text that the model is conditioned on, or None.
+        num_levels: noise levels a text is evaluated at; more give a smaller error.
+        block_size: the path of the bound, see `estimate_bound`; in one step where `generate` takes one.
+    """
+    from ds_tokimg.training.objective import TrainingLoss
+
+    config = model.config
+    layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
+    one_step = draws_in_one_step(model.head, block_size, config.in_turn)
+    module = TrainingLoss(model, "ce" if model.head.features else "mse")
+    was_training = model.training
+    model.eval()
+    bound = estimate_bound(
+        lambda batch: module(batch, per_patch=True, with_mean=not one_step),
+        _Texts(texts, prompts),
+        layout,
+        timesteps=module.timesteps,
+        num_levels=num_levels,
+        seed=seed,
+        conditional=prompts is not None,
+        block_size=block_size,
+        one_step=one_step,
+        in_turn=config.in_turn,
+        self_conditioning=config.self_conditioning,
+        device=next(model.parameters()).device,
+    )
+    model.train(was_training)
+    return bound.bits_per_token
+
+
+def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **options) -> Bound:
+    """The bound of a model on a data set in its text format, as `generate` would write it: in one step where that is
+    exact, tokens in turn where it has learnt that. `forward`: the module, or an engine around it. `options`
+    are those of `estimate_bound`."""
+    block_size = options.pop("block_size", text_format.block_size)
+    in_turn = options.pop("in_turn", module.model.config.in_turn)
+    one_step = options.pop("one_step", None)
+    if one_step is None:
+        one_step = draws_in_one_step(module.model.head, block_size, in_turn)
+    return estimate_bound(
+        partial(options.pop("forward", module), per_patch=True, with_mean=not one_step),
+        dataset,
+        layout,
+        timesteps=module.timesteps,
+        block_size=block_size,
+        one_step=one_step,
+        in_turn=in_turn,
+        conditional=text_format.enable_condition,
+        self_conditioning=module.model.config.self_conditioning,
+        canvas=text_format.canvas,
+        eos_id=text_format.eos_id,
+        **options,
+    )

@@ -1,0 +1,315 @@
+"""The training loop: what happens in a step, after it now and then, and at the end of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_tokimg.data.loader import BatchLoader
+from ds_tokimg.data.order import TrainBatchSampler
+from ds_tokimg.engine import checkpoint as checkpoints
+from ds_tokimg.engine.engine import StepResult, TrainEngine
+from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.inference.sampler import SamplingOptions
+from ds_tokimg.inference.texts import generate, images_of, show
+from ds_tokimg.model.flops import matmul_peak
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.training.assemble import Parts
+from ds_tokimg.training.bound import Bound, bound_of
+from ds_tokimg.training.profiling import profiled
+from ds_tokimg.training.tracking import Tracker
+
+
+class Run:
+    """The training loop with its clock: what is done at every step, now and then, and at the end."""
+
+    def __init__(self, config: TrainConfig, settings: dict, parts: Parts, engine: TrainEngine, state: dict):
+        self.config, self.parts, self.engine, self.dist = config, parts, engine, engine.dist
+        self.train_batch_size = settings["train_batch_size"]
+        self.sampler = TrainBatchSampler(parts.train_set.lengths, self.train_batch_size, config.seed)
+        self.schedule_steps = self.sampler.steps_per_epoch * config.epochs
+        self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
+        self.first_step = state.get("step", 0)
+        self.best = math.inf if state.get("best") is None else state["best"]
+        self.tracker = Tracker(config.output_dir, engine, self.first_step)
+        # All ranks at once, as they compute.
+        self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
+        self.speed = Speedometer()
+        self.bound: Bound | None = None
+        self.saved_step = self.first_step
+        self.schedule = parts.module.schedule
+        if self.schedule is not None and state:
+            self.schedule.load_state(state["schedule"])
+
+    def loop(self) -> None:
+        loader = BatchLoader(
+            self.parts.train_set,
+            self.sampler,
+            self.parts.batch_maker,
+            world_size=self.dist.world_size,
+            rank=self.dist.rank,
+            accumulation=self.engine.accumulation,
+            num_workers=self.config.num_workers,
+            pin_memory=self.dist.device.type != "cpu",
+        )
+        with stop_on_signals(self.engine), profiled(self.config.profile, self.config.output_dir, self.dist) as tick:
+            for loaded in loader.batches(self.first_step, self.last_step):
+                if self.step(loaded):
+                    self.log(f"stopped by a signal at step {self.engine.global_steps}")
+                    break
+                tick()
+
+    def step(self, loaded) -> bool:
+        """One optimiser step and what is due after it; True when the run is asked to end."""
+        number = self.engine.global_steps + 1
+        is_due = self._due(number)
+        # 1. forward, backward, update
+        self.parts.module.measure_bound = "log" in is_due
+        result = self.engine.train_batch(loaded.micro_batches)
+        if self.schedule is not None and not result.skipped:
+            self.schedule.update(result.sums)
+        self.speed.add(result, loaded.wait_seconds)
+        # 2. measure, keep, log
+        row = self._metrics(result, loaded.epoch) if is_due & {"log", "eval"} else None
+        if "eval" in is_due:
+            row |= self.validate()
+        if row is not None:
+            self.tracker.log(row)
+            self._print(row, number)
+        improved = "eval" in is_due and self._improved(row)
+        if is_due & {"save"} or improved or result.stop:
+            self.save(loaded.epoch, improved)
+        if is_due & {"save", "eval"}:
+            self.speed.restart()
+        return result.stop
+
+    def _due(self, step: int) -> set[str]:
+        last = step == self.last_step
+        config = self.config
+        intervals = {"log": config.log_interval, "eval": config.eval_interval, "save": config.save_interval}
+        return {name for name, every in intervals.items() if last or step % every == 0 or (step, name) == (1, "log")}
+
+    def _metrics(self, result, epoch: int) -> dict:
+        sums, pace = result.sums, self.speed.read()
+        # A machine that was busy when its peak was measured has done better since.
+        self.peak = max(self.peak, pace.flops / pace.seconds)
+        row = {
+            "step": result.step,
+            "epoch": epoch,
+            "consumed_samples": result.step * self.train_batch_size,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "loss_scale": result.loss_scale,
+            "skipped_steps": self.engine.skipped_steps,
+            "valid_tokens": int(sums["valid_tokens"]),
+            "valid_tokens_per_second": pace.valid_tokens / pace.seconds,
+            "step_seconds": pace.seconds / pace.steps,
+            "data_wait": pace.waited / pace.seconds,
+            "model_flops_per_second": pace.flops / pace.seconds,
+            "peak_share": pace.flops / pace.seconds / self.peak,
+            "padding_fraction": 1 - sums["valid_tokens"] / max(1.0, sums["slots"]),
+        }
+        if sums.get("bound_tokens"):
+            row["bits_per_token"] = sums["bound_nats"] / (math.log(2) * sums["bound_tokens"])
+        return row
+
+    def validate(self) -> dict:
+        """The bound of the averaged weights on the held-out texts; all ranks share the work."""
+        if not len(self.parts.eval_set):
+            return {}
+        parts, engine = self.parts, self.engine.engine
+        engine.eval()
+        with self.engine.averaged_weights():
+            self.bound = bound_of(
+                parts.module,
+                parts.text_format,
+                parts.layout,
+                parts.eval_set,
+                forward=engine,
+                rank=self.dist.rank,
+                world_size=self.dist.world_size,
+                all_reduce=self.dist.sum_tensor,
+                device=self.dist.device,
+            )
+        engine.train()
+        return {
+            "val_loss": self.bound.loss,
+            "val_bits_per_token": self.bound.bits_per_token,
+            "val_bits_per_byte": self.bound.bits_per_byte,
+            "val_token_accuracy": self.bound.accuracy_per_level,
+        }
+
+    def _improved(self, row: dict) -> bool:
+        value = row.get("val_bits_per_token", math.inf)
+        if not value < self.best:
+            return False
+        self.best = value
+        return True
+
+    def save(self, epoch: int, improved: bool) -> None:
+        state = {
+            "epoch": epoch,
+            "consumed_samples": self.engine.global_steps * self.train_batch_size,
+            "train_batch_size": self.train_batch_size,
+            "best": self.best if math.isfinite(self.best) else None,
+            "bits_per_token": self.bound.bits_per_token if self.bound else None,
+        }
+        if self.schedule is not None:
+            state["schedule"] = self.schedule.state()
+        texts = {"model.json": self.parts.module.model.description(), "text.json": self.parts.text_format.description()}
+        folder = checkpoints.save(
+            self.engine, self.config.output_dir, state, texts=texts, best=improved, keep=self.config.keep_checkpoints
+        )
+        self.saved_step = self.engine.global_steps
+        self.log(f"saved {folder}" + (" (best)" if improved else ""))
+
+    # ---- words ----
+
+    def log(self, line: str) -> None:
+        """On rank 0. The run goes on when nobody listens any more (the launcher has ended, the terminal is closed)."""
+        if self.dist.rank == 0:
+            with contextlib.suppress(OSError):
+                print(line, flush=True)
+
+    def introduce(self, notes: list[str], resumed: Path | None) -> None:
+        parts, config = self.parts, self.config
+        size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parts.module.parameters())
+        for note in notes:
+            self.log(f"note: {note}")
+        if resumed:
+            self.log(f"resumed {resumed} at step {self.first_step}")
+        self.log(
+            f"{config.model}: {size / 1e6:.2f} M parameters; {parts.layout.codec}\n"
+            f"{len(parts.train_set):,} training images with {parts.train_set.num_tokens:,} tokens, "
+            f"{len(parts.eval_set):,} validation images with {parts.eval_set.num_tokens:,}; "
+            f"unigram entropy {parts.unigram_entropy:.3f} bits per token\n"
+            f"{self.dist.world_size} rank(s) on {self.dist.device.type}, ZeRO stage {self.engine.stage}, train batch "
+            f"{self.train_batch_size} = {self.engine.accumulation} micro-batch(es) a rank; "
+            f"{self.last_step} of {self.schedule_steps} steps"
+        )
+        if parts.module.model.config.in_turn and not parts.module.one_step:
+            self.log("bits/token of a step are those of many small steps; validations draw tokens in turn: fewer bits")
+
+    def _print(self, row: dict, step: int) -> None:
+        left = self.speed.time_left(self.last_step - step)
+        words = [f"step {step}/{self.last_step}", f"epoch {row['epoch'] + 1}", f"loss {row['loss']:.4f}"]
+        if "bits_per_token" in row:
+            words.append(f"bits/token {row['bits_per_token']:.2f}")
+        words += [f"lr {row['lr']:.2e}", f"grad norm {row['grad_norm']:.2f}"]
+        words += [f"{row['valid_tokens_per_second']:,.0f} tokens/s"]
+        words += [
+            f"{row['model_flops_per_second'] / 1e9:,.0f} GFLOP/s ({row['peak_share']:.0%} of peak)",
+            f"{left} left",
+        ]
+        self.log("  ".join(words))
+        if "val_loss" in row:
+            self.log(
+                f"validation: loss {row['val_loss']:.4f}  bits/token {row['val_bits_per_token']:.4f}  "
+                f"bits/byte {row['val_bits_per_byte']:.4f}"
+            )
+
+    def finish(self) -> None:
+        """Shows what the run can do, and the commands to go on with it."""
+        if self.dist.rank == 0 and self.config.num_samples and self.engine.global_steps >= self.last_step:
+            self._show_samples()
+        self.tracker.close()
+        self.dist.barrier()
+        folder = self.config.output_dir
+        if self.bound is not None:
+            self.log(
+                f"\nvalidation: {self.bound.bits_per_token:.4f} bits per token "
+                f"(unigram entropy {self.parts.unigram_entropy:.4f}), {self.bound.bits_per_byte:.4f} bits per byte"
+            )
+        self.log(
+            f"TensorBoard:  tensorboard --logdir {folder}/tensorboard\n"
+            f"resume:       python -m ds_tokimg train --resume latest --output_dir {folder}\n"
+            f"generate:     python -m ds_tokimg generate --checkpoint {folder} --num_samples 4\n"
+            f"evaluate:     python -m ds_tokimg evaluate --checkpoint {folder} --data_path {self.config.data_path}\n"
+            f"scale up:     deepspeed --num_accelerators N --module ds_tokimg train --data_path "
+            f"{self.config.data_path} --model JiT-B/4 --output_dir NEW_FOLDER"
+        )
+
+    def _show_samples(self) -> None:
+        """Texts from the last checkpoint as a user would get them, from the averaged weights on the disk."""
+        folder = Path(self.config.output_dir) / checkpoints.FOLDER / checkpoints.tag_of(self.saved_step)
+        trained = load_trained(str(folder))
+        texts = generate(
+            trained, self._prompts(), SamplingOptions(block_size=self.config.block_size, seed=self.config.seed)
+        )
+        print("\nsamples:")
+        show(texts)
+        step = self.engine.global_steps
+        self.tracker.images("samples", images_of(trained, texts), step)
+        lines = [f"- {text['prompt'] or ''} → {text['text']}" for text in texts]
+        self.tracker.text("samples", "\n".join(lines), step)
+
+    def _prompts(self) -> list[str | None]:
+        count, held_out = self.config.num_samples, self.parts.eval_set
+        if not self.config.enable_condition or not len(held_out):
+            return [None] * count
+        decode = self.parts.tokenizer.decode
+        return [decode(held_out.prompt_ids(i)) for i in range(min(count, len(held_out)))]
+
+
+@dataclass
+class Pace:
+    """What was done in `steps` steps that took `seconds`, `waited` of them for data: sums over all ranks."""
+
+    steps: int
+    seconds: float
+    waited: float
+    valid_tokens: float
+    flops: float
+
+
+class Speedometer:
+    """What was done since the last reading, and the pace of the whole run."""
+
+    def __init__(self) -> None:
+        self.all_steps, self.all_seconds = 0, 0.0
+        self.restart()
+
+    def add(self, result: StepResult, wait_seconds: float) -> None:
+        """A step. Its sums stay where they are: no accelerator is waited for."""
+        self.results.append(result)
+        self.waited += wait_seconds
+
+    def read(self) -> Pace:
+        """Of the steps since the last reading, at least one."""
+        sums = [result.sums for result in self.results]
+        tokens, flops = (sum(values[name] for values in sums) for name in ("valid_tokens", "flops"))
+        seconds = time.perf_counter() - self.begun
+        pace = Pace(len(sums), seconds, self.waited, tokens, flops)
+        self.all_steps, self.all_seconds = self.all_steps + pace.steps, self.all_seconds + seconds
+        self.restart()
+        return pace
+
+    def restart(self) -> None:
+        """Leaves what happened since the last reading (a validation, say) out of the next."""
+        self.results: list[StepResult] = []
+        self.waited, self.begun = 0.0, time.perf_counter()
+
+    def time_left(self, steps: int) -> str:
+        seconds = round(steps * self.all_seconds / max(1, self.all_steps))
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+@contextlib.contextmanager
+def stop_on_signals(engine: TrainEngine):
+    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; the engine tells the other ranks."""
+
+    def ask(signum, frame):
+        engine.stop_requested = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

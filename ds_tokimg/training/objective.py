@@ -1,0 +1,194 @@
+"""The masked objectives, each as (sum over valid pixels, count of valid pixels), and the module that is trained.
+
+The engine divides the sums by the valid pixels of the whole train batch (all ranks, all micro-batches), so that the
+gradient does not depend on how the batch was cut up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ds_tokimg.diffusion.path import add_noise_to_timestep
+from ds_tokimg.diffusion.schedule import EntropicSchedule
+from ds_tokimg.diffusion.timesteps import TimestepSampler
+from ds_tokimg.model.flops import train_flops
+from ds_tokimg.model.heads.base import cross_entropy, draws_in_one_step
+from ds_tokimg.model.jit import JiT
+from ds_tokimg.model.prediction import Prediction, probabilities
+
+OBJECTIVES = ("ce", "elbo", "mse")
+
+
+def masked_loss(clean_pred: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+    """The reference loss of a micro-batch: squared error over valid pixels, channels summed.
+
+    clean_pred and clean [B, 3, H, W], mask [B, H, W] -> scalar, 0 when no pixel is valid.
+    """
+    squared_error = (clean_pred - clean) ** 2
+    return (squared_error * mask[:, None]).sum() / (mask[:, None].sum() + 1e-8)
+
+
+class Target(NamedTuple):
+    """What a prediction is compared with."""
+
+    clean: Tensor  # [B, N, P]
+    ids: Tensor  # [B, N, K]
+    t: Tensor  # [B, N or 1]
+    elbo_weight: Tensor  # [B, N or 1], see `TimestepSampler.elbo_weight`
+    digit_table: Tensor  # [V, D]
+
+
+def token_losses(objective: str, prediction: Prediction, target: Target) -> Tensor:
+    """What each token contributes to the objective's sum: [B, N, K], float32.
+
+    `mse`: squared error, digits summed. `elbo`: the same times SNR(t) / 2 and divided by the density of log-SNR with
+    which t was drawn: in expectation the bound's integral in nats (Kingma et al., "Variational diffusion models", 2021,
+    eq. 18).
+    `ce`: cross-entropy of the token (of its digits, summed) in nats; the same minimiser, less variance at low noise.
+    """
+    if objective == "ce":
+        return cross_entropy(prediction.logits, target.ids, target.digit_table)
+    slots = target.ids.shape[-1]
+    squared_error = ((prediction.clean - target.clean) ** 2).unflatten(-1, (slots, -1)).sum(-1)  # [B, N, K]
+    if objective == "mse":
+        return squared_error
+    return squared_error * target.elbo_weight[..., None]
+
+
+class TrainingLoss(nn.Module):
+    """Model and objective in one module, so that one engine owns both. Batches are those of `ds_tokimg.data.batch`, in
+    blocks of `block_size` patches (0: whole images).
+
+    Raises ValueError for an unknown objective, or for `ce` with a head that has no posterior.
+    """
+
+    def __init__(self, model: JiT, objective: str = "ce", timesteps: str = "band", block_size: int = 0):
+        super().__init__()
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}; available: {', '.join(OBJECTIVES)}")
+        if objective == "ce" and not model.head.features:
+            raise ValueError("objective ce needs head posterior; the linear head has no distribution over tokens")
+        self.model, self.objective = model, objective
+        # How texts will be written, for the log; of tokens drawn in turn only `noisy` trains the level where that is.
+        self.one_step = draws_in_one_step(model.head, block_size, model.config.in_turn and timesteps == "noisy")
+        self.measure_bound = False  # costs a softmax over all candidates that cross-entropy does not need
+        if timesteps == "entropic" and not model.head.features:
+            raise ValueError("timesteps entropic needs head posterior: it follows the cross-entropy of tokens")
+        self.timesteps = TimestepSampler(timesteps, model.codec.radix)
+        self.schedule = EntropicSchedule(self.timesteps.band) if timesteps == "entropic" else None
+        self.register_buffer("digit_table", model.codec.digit_table, persistent=False)  # [V, D] uint8
+
+    def forward(self, batch: dict[str, Tensor], per_patch: bool = False, with_mean: bool = True) -> dict[str, Tensor]:
+        """One micro-batch -> {"loss_sum": scalar, float32, with gradient} and sums for the log.
+
+        batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
+        conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool;
+        in_turn [B] bool, texts whose tokens are predicted in turn.
+        With `blocks` [N] int64 the text is predicted from left to right (`JiT.predict`).
+        With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
+        objective), "nats" (cross-entropy; heads with a posterior), "squared_error" (digits summed; `with_mean`: of the
+        posterior mean, which may cost more than the rest), "correct" and "invalid" (tokens).
+        """
+        if self.schedule is not None and not per_patch:  # the bound brings noise levels of its own
+            batch = batch | {"t": self.schedule.warp(batch["t"])}
+        clean = self.colours(batch["ids"])
+        noisy, _ = add_noise_to_timestep(clean, batch["t"], batch["noise"])
+        condition = None
+        if "condition_ids" in batch:
+            condition = (self.colours(batch["condition_ids"]), batch["condition_mask"])
+        seen = {"condition": condition, "context": (clean, batch["blocks"]) if "blocks" in batch else None}
+        earlier = self._first_pass(batch, noisy, seen)
+        if "in_turn" in batch:
+            seen["in_turn"] = (batch["ids"], batch["in_turn"])
+        prediction = self.model.predict(noisy, batch["t"], batch["mask"], self_condition=earlier, **seen)
+        level = batch["t"] if batch["t"].dim() == 2 else batch["t"][:, None]
+        target = Target(clean, batch["ids"], level, self._elbo_weight(level), self.digit_table)
+        if not per_patch:
+            loss_sum, nats = self._loss_sum(prediction, target, batch["mask"])
+            seen = {} if self.schedule is None else self.schedule.seen(target.t, nats.sum(-1), batch["mask"].sum(-1))
+            return {"loss_sum": loss_sum} | self._progress(prediction, target, batch, nats) | seen
+        tokens = self._per_token(prediction, target, batch["mask"], with_mean)
+        return {name: value.double().sum(-1) for name, value in tokens.items()}
+
+    def _per_token(self, prediction: Prediction, target: Target, mask: Tensor, with_mean: bool) -> dict[str, Tensor]:
+        """What `forward` sums over the tokens of a patch, each [B, N, K]."""
+        tokens = {}
+        if with_mean:
+            tokens["squared_error"] = token_losses("mse", prediction, target) * mask
+        if self.model.head.features:
+            tokens["nats"] = prediction.loss_sum(target.ids, mask)[1]
+        if self.objective == "ce":
+            tokens["loss"] = tokens["nats"]
+        else:
+            tokens["loss"] = token_losses(self.objective, prediction, target) * mask
+        ids, invalid = self.model.read(prediction)
+        return tokens | {"correct": (ids == target.ids) & mask, "invalid": invalid & mask}
+
+    @torch.no_grad()
+    def _progress(self, prediction: Prediction, target: Target, batch, nats: Tensor | None) -> dict[str, Tensor]:
+        """Sums for the log: tokens, slots and operations; when asked for, also the bound in nats and its tokens: of
+        those at full noise where a token is drawn in one step (their `nats`, if they are known), else of the samples
+        with one noise level whose tokens are not predicted in turn, over the noise levels that are trained."""
+        mask = batch["mask"]
+        sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
+        sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
+        if self.measure_bound and nats is not None and self.one_step:
+            noisiest = (target.t >= self.model.noisiest - 1e-2)[..., None] & mask
+            if "in_turn" in batch:
+                noisiest = noisiest & batch["in_turn"][:, None, None]
+            sums["bound_nats"], sums["bound_tokens"] = (nats * noisiest).sum(), noisiest.sum()
+        elif self.measure_bound:
+            whole = self._follows_the_path(target.t, batch)
+            if "in_turn" in batch:
+                whole = whole & ~batch["in_turn"]
+            whole = whole[:, None, None] & mask
+            sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
+            sums["bound_tokens"] = whole.sum()
+        return sums
+
+    def _elbo_weight(self, level: Tensor) -> Tensor:
+        """For the density with which this batch's noise levels were drawn."""
+        density = self.timesteps.density(level) if self.schedule is None else self.schedule.density(level)
+        return self.timesteps.elbo_weight(level, density)
+
+    def _loss_sum(self, prediction: Prediction, target: Target, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The objective's sum; and the cross-entropy of each token [B, N, K] in nats, if a schedule asks for it."""
+        if self.objective == "ce":
+            return prediction.loss_sum(target.ids, mask)
+        loss_sum = (token_losses(self.objective, prediction, target) * mask).sum()
+        if self.schedule is None:
+            return loss_sum, None
+        with torch.no_grad():
+            return loss_sum, token_losses("ce", prediction, target) * mask
+
+    def _follows_the_path(self, t: Tensor, batch) -> Tensor:
+        """Samples whose patches have one noise level, or one a block, as the bound's path asks for: bool [B]."""
+        first = torch.zeros_like(batch["mask"][0, :, 0], dtype=torch.int64)  # [N], the first patch of each one's block
+        if "blocks" in batch:
+            first = torch.searchsorted(batch["blocks"], batch["blocks"])
+        # Padding's levels do not count, or the width of a micro-batch would decide which samples do.
+        padding = ~batch["mask"].any(-1)  # [B, N]
+        t = t.expand(padding.shape)
+        return ((t == t[:, first]) | padding).all(1)
+
+    def _first_pass(self, batch, noisy, seen: dict) -> Tensor | None:
+        """Self-conditioning (Chen et al., "Analog bits", 2022): what the model itself predicts at first, for the
+        samples whose draw says so; zeros, the input of a first pass, for the others."""
+        if "self_condition" not in batch:
+            return None
+        with torch.no_grad():
+            prediction = self.model.predict(noisy, batch["t"], batch["mask"], **seen)
+            value = probabilities(prediction)
+        chosen = batch["self_condition"].view(-1, *[1] * (value.dim() - 1))
+        return value * chosen
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """Valid pixels of a micro-batch."""
+        return int(batch["mask"].sum()) * self.model.codec.token_size**2
+
+    def colours(self, ids: Tensor) -> Tensor:
+        """ids [B, N, K] -> clean patches [B, N, P] float32 in [-1, 1]."""
+        return (self.digit_table[ids].float() * (2.0 / (self.model.codec.radix - 1)) - 1.0).flatten(2)

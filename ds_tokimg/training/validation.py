@@ -1,0 +1,102 @@
+"""Texts as the batches on which a bound is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_tokimg.data.batch import blocks_of, fill_canvas, stagger
+from ds_tokimg.data.rng import Stream, generator, low_discrepancy
+from ds_tokimg.diffusion.levels import SamplingPath
+from ds_tokimg.diffusion.path import timestep_of_log_snr
+from ds_tokimg.tokens.layout import PatchLayout
+
+
+@dataclass
+class ValidationBatches:
+    """Batches of texts of similar length, with noise that is fixed for each text. Arguments as of `estimate_bound`."""
+
+    dataset: object
+    layout: PatchLayout
+    path: SamplingPath
+    seed: int = 0
+    block_size: int = 0
+    conditional: bool = False
+    self_conditioning: bool = False
+    canvas: int = 0
+    eos_id: int = 0
+
+    def __post_init__(self):
+        self.text_tokens = np.array([len(self.dataset.ids(i)) for i in range(len(self))])
+        self.scored_tokens = np.array([self._scored_tokens(i) for i in range(len(self))])
+        self.patches = np.asarray(self.layout.num_patches(self.scored_tokens))
+
+    def __len__(self) -> int:
+        """Texts."""
+        return len(self.dataset)
+
+    def _scored_tokens(self, index: int) -> int:
+        """The text's tokens and, for an answer, the EOS that fill up its canvas (and always its last patch)."""
+        own = int(self.text_tokens[index])
+        if not self.canvas or not len(self.dataset.prompt_ids(index)):
+            return own
+        return max(int(self.layout.num_patches([own])[0]), self.canvas) * self.layout.slots
+
+    def ids(self, index: int) -> np.ndarray:
+        return fill_canvas(self.dataset.ids(index), int(self.scored_tokens[index]), self.eos_id)
+
+    def of_rank(self, rank: int, world_size: int, patches_per_batch: int) -> list[np.ndarray]:
+        """Indices of the texts of each of a rank's batches.
+
+        Every rank runs the same number of forward passes (ZeRO-3 gathers parameters in each): short ranks get empty
+        ones.
+        """
+        groups = self._groups(patches_per_batch)
+        groups += [np.zeros(0, int)] * (-len(groups) % world_size)
+        return groups[rank::world_size]
+
+    def _groups(self, patches_per_batch: int) -> list[np.ndarray]:
+        """Indices of texts, similar lengths together, at most `patches_per_batch` patches (but at least a text)."""
+        order = np.argsort(-self.patches, kind="stable")
+        groups, start = [], 0
+        while start < len(order):
+            size = max(1, patches_per_batch // max(1, int(self.patches[order[start]])))
+            groups.append(order[start : start + size])
+            start += size
+        return groups
+
+    def offsets(self, indices: np.ndarray) -> np.ndarray:
+        """Where within its stratum each sample, or each of its patches, has its noise level: [B, N or 1] in [0, 1)."""
+        start = low_discrepancy(self.seed, Stream.VALIDATION, 0, indices)[:, None]
+        return (start + stagger(int(self.patches[indices].max(initial=1)), self.block_size)) % 1.0
+
+    def make(self, indices: np.ndarray, log_snr: np.ndarray, noise: int) -> dict[str, Tensor]:
+        """Texts at log-SNR [B, N or 1], with the `noise`-th of the noises that are fixed for each of them."""
+        ids, mask = self.layout.pack([self.ids(int(i)) for i in indices] or [np.zeros(0, np.int64)])
+        values = np.zeros((len(ids), ids.shape[1], self.layout.values), dtype=np.float32)
+        for row, index in enumerate(indices):
+            draw = generator(self.seed, Stream.VALIDATION, 1 + noise, int(index))
+            draw.standard_normal(dtype=np.float32, out=values[row, : self.patches[index]])
+        t = timestep_of_log_snr(torch.from_numpy(log_snr)).float() if len(indices) else torch.zeros(1, 1)
+        batch = {"ids": ids, "mask": mask, "t": t.expand(-1, ids.shape[1]) if self.block_size else t[:, 0]}
+        batch["noise"] = torch.from_numpy(values)
+        if self.block_size:
+            batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
+        if self.conditional:
+            prompts = [self.dataset.prompt_ids(int(i)) for i in indices] or [np.zeros(0, np.int64)]
+            batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts)
+        if self.self_conditioning:
+            batch["self_condition"] = torch.ones(len(ids), dtype=torch.bool)
+        return batch
+
+    def drawn(self, indices: np.ndarray, noise: int) -> dict[str, Tensor]:
+        """`make`, where tokens are drawn."""
+        batch = self.make(indices, np.full((len(indices), 1), self.path.drawn_at), noise)
+        if self.path.one_step:  # nothing has been predicted before a first step
+            batch.pop("self_condition", None)
+        if self.path.in_turn:
+            batch["in_turn"] = torch.ones(len(batch["ids"]), dtype=torch.bool)
+        return batch

@@ -1,0 +1,141 @@
+"""The benchmarks compare like with like, and every script runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import learning
+from benchmarks.learning import autoregressive_curve, compute_gap
+from benchmarks.lengths import valid_shares
+from benchmarks.levels import rates
+from benchmarks.text import Judge, distinct, entropy
+from benchmarks.timing import ratios, spread, take_turns
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.tokens.codec import TokenCodec
+from tests.support.distributed import run_ranks
+from tests.support.tiny import layout_of, tiny_model
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    "efficiency.py": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
+    "overhead.py": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
+    "lengths.py": "--repetitions 1 --data_path {text}",
+    "precision.py": "--model JiT-XS/8 --images 16 --repetitions 1",
+    "startup.py": "--repetitions 1 --data_path {text}",
+    "growth.py": "--parts corpus --megabytes 0.1 0.2",
+    "data.py": "--megabytes 0.2 --repetitions 1",
+}
+
+
+def test_rivals_take_turns_and_their_first_rounds_do_not_count():
+    calls, now = [], [0.0]
+
+    def rival(name, duration):
+        calls.append(name)
+        now[0] += duration
+
+    rivals = {"a": lambda: rival("a", 2.0), "b": lambda: rival("b", 3.0)}
+    seconds = take_turns(rivals, repetitions=3, warm_up=1, clock=lambda: now[0])
+    assert calls == ["a", "b"] * 4
+    assert seconds == {"a": [2.0] * 3, "b": [3.0] * 3}
+    assert ratios(seconds["b"], seconds["a"]) == [1.5] * 3
+    assert spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0 to 3.0)"
+
+
+def _losses(dist) -> tuple[list[float], list[float]]:
+    from benchmarks.overhead import PlainLoop
+    from benchmarks.trainer import batch_of, engine_of
+
+    config = TrainConfig(data_path="-", model="JiT-XS/8", batch_size=2, max_grad_norm=0.1)
+    plain, engine = PlainLoop(config), engine_of(config)
+    batch = batch_of(plain.module, config, [64, 40])
+    for group in plain.optimizer.param_groups:
+        group["lr"] = engine.lr
+    return [plain.step(batch) for _ in range(2)], [engine.train_batch([batch]).loss for _ in range(2)]
+
+
+def test_the_plain_loop_trains_as_the_engine():
+    plain, engine = run_ranks(1, _losses)[0]
+    assert plain == pytest.approx(engine, rel=1e-5)
+    assert plain[0] != plain[1]
+
+
+def test_shares_that_are_valid():
+    assert valid_shares(np.full(64, 112), bucket=True) == (1.0, 1.0)
+    # Half of the texts take one patch, of which they leave a quarter, and half take four; apart, none is padding.
+    mixed = np.array([12, 64] * 32)
+    assert valid_shares(mixed, bucket=True) == (1.0, 38 / 40)
+    assert valid_shares(mixed, bucket=False) == (2.5 / 4, 38 / 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_prints_its_tables(script, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join((ROOT / "data" / "web_narrative.txt").read_text().splitlines(keepends=True)[:200]))
+    flags = SCRIPTS[script].format(text=text).split()
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# ") and "|---|" in done.stdout
+
+
+def test_compute_gap_is_read_off_the_reference_at_equal_bits():
+    def row(positions, bits, system="autoregressive", corpus="text", settings=()):
+        bits = {"0": {"bits_per_byte": bits}}
+        return {"system": system, "corpus": corpus, "set": settings, "positions": positions, "bits": bits}
+
+    rows = [row(100, 4.0), row(400, 2.0), row(400, 3.0), row(800, 2.5), row(50, 1.0, "ours"), row(50, 1.0, corpus="-")]
+    rows += [row(50, 1.0, settings=["lr=1"]), row(200, 2.0, "autoregressive, shift")]
+    curve = autoregressive_curve(rows, "text")
+    assert curve == [(100, 4.0), (400, 2.0)]  # the best of equal budgets; more compute that did not help is left out
+    assert autoregressive_curve(rows, "text", "autoregressive, shift") == [(200, 2.0)]
+    assert compute_gap(600, 3.0, curve) == "3.0"  # between 100 and 400, in the logarithm: at 200
+    assert compute_gap(600, 4.5, curve) == "> 6.0" and compute_gap(600, 1.5, curve) == "< 1.5"
+
+
+def test_word_salad_and_repetition_are_told_from_text():
+    lines = (ROOT / "data" / "web_narrative.txt").read_text().splitlines()[:600]
+    judge, real = Judge(lines[50:], order=5), [line for line in lines[:50] if len(line) > 100]
+    salad = [" ".join(np.random.default_rng(0).permutation(line.split())) for line in real]
+    assert judge.bits_per_character(salad) > judge.bits_per_character(real) + 0.3
+    assert judge.bits_per_character(["\u2603" * 20]) > 8  # characters that the judge never saw
+    words, repeated = [line.split() for line in real], [line.split()[:5] * 5 for line in real]
+    assert distinct(repeated, 3) < 0.5 * distinct(words, 3) < distinct([line.split() for line in salad], 3)
+    assert entropy(list("abab")) == 1.0 and entropy(list("aaaa")) == 0.0
+
+
+@pytest.mark.parametrize("block_size", [0, 1])
+def test_the_levels_of_an_untrained_model_add_up_to_the_whole_vocabulary(block_size):
+    """It says the same at every level, nothing, so that nothing is lost on the way."""
+    model = tiny_model(TokenCodec(16, token_size=2), trained=False, patch_size=2)
+    text_format = SimpleNamespace(block_size=block_size, objective="ce")
+    trained = SimpleNamespace(model=model, format=text_format, layout=layout_of(model))
+    texts = [np.random.default_rng(i).integers(0, 16, 64) for i in range(8)]
+    log_snrs = np.linspace(-8, 3.5, 47)  # steps of a quarter
+    paid, known = rates(trained, texts, log_snrs)
+    assert paid.sum() * 0.25 == pytest.approx(4.0, rel=0.03)
+    assert (known is None) == (block_size == 0)
+    if block_size:
+        np.testing.assert_allclose(known, paid, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("system", "optimizer"), [("ours", "Muon"), ("autoregressive", "AdamW")])
+def test_learning_trains_measures_and_writes_texts(system, optimizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "RESULTS", tmp_path / "rows.jsonl")
+    flags = ["--system", system, "--positions", "4000", "--batch", "2", "--levels", "1", "--texts", "2"]
+    flags += ["--optimizer", optimizer]
+    monkeypatch.setattr(sys, "argv", ["learning.py", *flags, "--write", str(tmp_path / "texts")])
+    learning.main()
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert set(row["bits"]) == ({"1", "1, one step"} if system == "ours" else {"0"})
+    assert all(5 < figures["bits_per_token"] < 11 for figures in row["bits"].values())
+    assert row["positions"] == pytest.approx(4000, rel=0.3)
+    written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "texts").iterdir()}
+    assert written.keys() == {"train", "real", system}
+    assert len(written[system]) == 2 and all(len(text) > 100 for text in written[system])

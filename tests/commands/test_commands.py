@@ -1,0 +1,161 @@
+"""Users' mistakes: one clear message, exit code 2, no traceback, nothing written. And the help of every command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_tokimg.__main__ import COMMANDS, main
+from tests.support.runs import small_flags, train_in_ranks, write_corpus
+
+SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train_in_ranks(1, small_flags(corpus, folder, "--max_steps", 1))
+    return folder
+
+
+def refused(capsys, *argv) -> str:
+    """The one message of a command that must be refused."""
+    assert main([str(word) for word in argv]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and "Traceback" not in printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys):
+    assert "did you mean 'train'" in refused(capsys, "trian", "--data_path", "x")
+
+
+@pytest.mark.parametrize(
+    ("json_changes", "expected"),
+    [
+        ({"gradient_cliping": 1.0}, "gradient_clipping"),
+        ({"train_batch_size": "8"}, "train_batch_size"),
+        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3}, "train_batch_size"),
+        ({"wall_clock_breakdown": "auto"}, "wall_clock_breakdown"),
+        ({"zero_optimization": {"stage": 4}}, "stage"),
+    ],
+    ids=["unknown-key", "wrong-type", "batch-triple", "leftover-auto", "bad-stage"],
+)
+def test_mistakes_in_the_json(json_changes, expected, corpus, tmp_path, capsys):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(SHIPPED | json_changes))
+    flags = small_flags(corpus, tmp_path / "run")
+    place = flags.index("--train_batch_size")
+    del flags[place : place + 2]
+    assert expected in refused(capsys, "train", *flags, "--deepspeed_config", path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--data_path", "no/such/file.txt"], "no/such/file.txt"),
+        (["--max_tokens", "0"], "--max_tokens 0"),
+        (["--model", "JiT-XXL/4"], "JiT-XXL/4"),
+        (["--model", "JiT-XS/4", "--token_size", "3"], "token_size"),
+        (["--radix", "2"], "radix"),
+        (["--epochs", "many"], "epochs"),
+        (["--objectve", "ce"], "did you mean '--objective'"),
+        (["--resume", "latest"], "no checkpoint"),
+        (["--deepspeed_config", "none.json"], "none.json"),
+        (["--tokenizer_path", "no/such/tokenizer"], "no/such/tokenizer"),
+        (["--use_chat_template"], "chat template"),
+        (["--lr", "-1"], "--lr"),
+        (["--head", "linear", "--objective", "ce"], "linear"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_in_the_flags(flags, expected, corpus, tmp_path, capsys):
+    message = refused(capsys, "train", *small_flags(corpus, tmp_path / "run"), *flags)
+    assert expected in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("empty.txt", "", "empty"),
+        ("blank.txt", "\n\n  \n", "no text"),
+        ("bad.jsonl", '{"text": "good"}\n{"text": 5}\n', "line 2"),
+        ("broken.jsonl", '{"text": "good"}\n{"text": \n', "line 2"),
+        ("keys.jsonl", '{"question": "?"}\n', "line 1"),
+        ("data.csv", "a,b\n", ".csv"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value and len(value) < 14 else None,
+)
+def test_mistakes_in_the_data(name, content, expected, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(content)
+    message = refused(capsys, "train", *small_flags(path, tmp_path / "run"))
+    assert name in message and expected in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["generate", "--checkpoint", "nowhere"], "nowhere"),
+        (["generate", "--checkpoint", "RUN", "--num_inference_steps", "0"], "steps"),
+        (["generate", "--checkpoint", "RUN", "--prompt_file", "nothing.txt"], "nothing.txt"),
+        (["generate", "--checkpoint", "RUN", "--prompt", "word " * 500], "shorten"),
+        (["generate", "--checkpoint", "RUN", "--infill", "no gap here"], "<gap:8>"),
+        (["generate", "--checkpoint", "RUN", "--infill", "nothing <gap:0> here"], "<gap:8>"),
+        (["generate", "--checkpoint", "RUN", "--infill", "the <gap:500> house"], "image holds"),
+        (["generate", "--checkpoint", "RUN", "--infill", "the <gap:5>", "--prompt", "the"], "--prompt"),
+        (["evaluate", "--checkpoint", "nowhere", "--data_path", "x.txt"], "nowhere"),
+        (["evaluate", "--checkpoint", "RUN", "--data_path", "nowhere.txt"], "nowhere.txt"),
+        (["export", "--checkpoint", "RUN", "--output", "RUN"], "not empty"),
+        (["plan", "--data_path", "nowhere.txt"], "nowhere.txt"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_mistakes_with_checkpoints(flags, expected, run, capsys):
+    assert expected in refused(capsys, *[str(run) if flag == "RUN" else flag for flag in flags])
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    weights = next((copy / "checkpoints").glob("step_*/ema_*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "damaged" in refused(capsys, "generate", "--checkpoint", weights.parent)
+
+
+def test_a_replaced_tokenizer_is_noticed(run, tmp_path, capsys):
+    import shutil
+
+    from ds_tokimg.tokens.tokenizer import train_tokenizer
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    train_tokenizer(["other words entirely"] * 10, 280).save_pretrained(copy / "tokenizer")
+    assert "is not the tokenizer" in refused(capsys, "generate", "--checkpoint", copy)

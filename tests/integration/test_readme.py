@@ -1,0 +1,115 @@
+"""The README's commands and the launch scripts, run as a newcomer would: in a copy of the project."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, copy_project, metrics
+
+# What makes a training run of the README short; everything else is as written there.
+SHORT = "--max_steps 2 --eval_fraction 0.002 --num_samples 1 --train_batch_size 2 --max_tokens 64"
+TRAINING = re.compile(r"ds_tokimg train|launch/train\.sh")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of the project, in which runs may be written."""
+    return copy_project(tmp_path_factory.mktemp("readme"))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory, project) -> dict:
+    """The environment of these tests stands for the one that launch/setup.sh makes."""
+    return os.environ | {
+        "VENV": sys.prefix,
+        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(project),
+        "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def commands(language: str = "bash") -> list[str]:
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line]
+
+
+def call(command: str, project: Path, environment: dict) -> str:
+    done = subprocess.run(
+        shlex.split(command), cwd=project, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_readme_names_the_two_commands():
+    assert commands()[:2] == ["bash launch/train.sh", "bash launch/test.sh"]
+
+
+def test_launch_train(project, environment):
+    printed = call(f"bash launch/train.sh {SHORT} --output_dir runs/script --model JiT-XS/4", project, environment)
+    assert len(metrics(project / "runs" / "script")) == 2
+    for word in (
+        "bits/token",
+        "samples:",
+        "unigram entropy",
+        "tensorboard --logdir",
+        "--resume",
+        "generate",
+        "scale up",
+    ):
+        assert word in printed
+
+
+def test_launch_train_reports_a_mistake_without_traceback(project, environment):
+    done = subprocess.run(
+        ["bash", "launch/train.sh", "--epochs", "0"], cwd=project, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "--epochs 0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_launch_scripts_are_valid_bash():
+    for script in [*(ROOT / "launch").glob("*.s*"), ROOT / ".ci" / "run"]:
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme(project, environment):
+    for command in commands()[2:]:
+        if "launch/tensorboard.sh" in command:
+            continue  # a server: below
+        if TRAINING.search(command):
+            command += f" {SHORT if '--resume' not in command else '--max_steps 3 --num_samples 0'}"
+        call(command, project, environment)
+    assert (project / "figures.json").is_file() and list((project / "pictures").glob("*.png"))
+    code = "\n".join(commands("python"))
+    assert call(f"{sys.executable} -c {shlex.quote(code)}", project, environment) == ""
+
+
+@pytest.mark.slow
+def test_tensorboard_script_serves_the_runs(project, environment):
+    server = subprocess.Popen(
+        ["bash", "launch/tensorboard.sh", "runs", "--port", "0"],
+        cwd=project,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        for line in server.stderr:
+            if "http://localhost:" in line:
+                break
+            assert time.monotonic() < deadline
+        else:
+            pytest.fail("TensorBoard ended without serving")
+    finally:
+        server.kill()
+        server.wait()
