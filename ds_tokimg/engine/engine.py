@@ -191,6 +191,11 @@ class TrainEngine:
         config = copy.deepcopy(self.ds_config)
         config.pop("optimizer")  # it would be overruled by ours without a word
         config["zero_allow_untested_optimizer"] = True
+        # Ranks may share a train batch unevenly; DeepSpeed wants whole micro-batches, and only counts samples with it.
+        micro_batch, accumulation = (
+            config[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        )
+        config["train_batch_size"] = micro_batch * accumulation * self.dist.world_size
         if self.stage == 1 and self.dist.device.type == "cpu":
             # Without this DeepSpeed copies each gradient to a buffer and back before it is reduced.
             config["zero_optimization"].setdefault("contiguous_gradients", False)

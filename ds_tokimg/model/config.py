@@ -13,7 +13,6 @@ SIZES = {
     "H": (32, 1280, 16),
 }
 PATCH_SIZES = (2, 4, 8)
-HEADS = ("posterior", "linear")
 POSITIONS = ("reading", "grid")
 
 

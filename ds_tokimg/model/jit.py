@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_tokimg.choices import HEADS
 from ds_tokimg.diffusion.band import readable_band
 from ds_tokimg.diffusion.path import alpha_sigma, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import RUN
-from ds_tokimg.model.config import HEADS, POSITIONS, JiTConfig, config_of_name
+from ds_tokimg.model.config import POSITIONS, JiTConfig, config_of_name
 from ds_tokimg.model.context import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 from ds_tokimg.model.heads.base import CandidateTokens
 from ds_tokimg.model.heads.digits import DigitHead

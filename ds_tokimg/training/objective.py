@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ds_tokimg.choices import OBJECTIVES
 from ds_tokimg.diffusion.path import add_noise_to_timestep
 from ds_tokimg.diffusion.schedule import EntropicSchedule
 from ds_tokimg.diffusion.timesteps import TimestepSampler
@@ -18,8 +19,6 @@ from ds_tokimg.model.flops import train_flops
 from ds_tokimg.model.heads.base import cross_entropy, draws_in_one_step
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.model.prediction import Prediction, probabilities
-
-OBJECTIVES = ("ce", "elbo", "mse")
 
 
 def masked_loss(clean_pred: Tensor, clean: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ds_tokimg.__main__ import main
 from ds_tokimg.errors import UserError
+from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import assemble
 from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
@@ -309,7 +310,7 @@ def test_compiled_blocks_train_the_same(run, corpus, tmp_path):
 
 def test_compiling_without_a_compiler_is_a_users_mistake(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config = TrainConfig.from_args(small_flags(corpus, tmp_path / "run", "--compile"))
+    config = train_config(small_flags(corpus, tmp_path / "run", "--compile"))
     with pytest.raises(UserError, match="no-such-compiler"):
         assemble(config, AloneOnCpu(), None)
 
@@ -332,7 +333,7 @@ def test_a_run_never_writes_into_another(run, corpus):
 
 def test_a_resumed_run_cannot_become_another(run):
     with pytest.raises(UserError, match=r"--model is 'JiT-S/4', the run has 'JiT-XS/4'"):
-        TrainConfig.from_args(["--resume", "--output_dir", str(run[0]), "--model", "JiT-S/4"])
+        train_config(["--resume", "--output_dir", str(run[0]), "--model", "JiT-S/4"])
 
 
 def test_resuming_with_another_tokenizer_is_refused(run, tmp_path, shared_tokenizers):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
+from ds_tokimg.choices import OBJECTIVES
 from ds_tokimg.data.batch import BatchMaker
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.diffusion.path import add_noise_to_timestep
 from ds_tokimg.tokens.codec import TokenCodec
-from ds_tokimg.training.objective import OBJECTIVES, TrainingLoss, masked_loss
+from ds_tokimg.training.objective import TrainingLoss, masked_loss
 from tests.support.tiny import layout_of, random_texts, tiny_model
 
 CODEC = TokenCodec(50)
