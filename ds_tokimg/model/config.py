@@ -14,7 +14,6 @@ SIZES = {
 }
 PATCH_SIZES = (2, 4, 8)
 HEADS = ("posterior", "linear")
-POSITIONS = ("reading", "grid")
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,6 @@ class JiTConfig:
     head: str = "posterior"
     posterior: str = "auto"
     layout: str = "patch"
-    positions: str = "reading"
-    self_conditioning: bool = False
     noisy_depth: int = 0
     neighbours: int | None = None
     in_turn: bool | None = False

@@ -29,8 +29,6 @@ SMALLEST_VOCABULARY = 257  # a byte-level BPE: 256 bytes and <|endoftext|>
 def setting(group: str, default, help: str, choices: tuple[str, ...] = (), const=None):
     """A dataclass field that is also a command-line flag; `const` is its value when the flag stands alone."""
     metadata = {"group": group, "help": help, "choices": choices, "const": const}
-    if isinstance(default, tuple):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,7 +64,6 @@ class TrainConfig:
     layout: str = _image("patch", "order in which tokens fill the image", ("patch", "raster"))
 
     model: str = _model("JiT-XS/4", "size and patch of the transformer, such as JiT-B/4")
-    positions: str = _model("reading", "a patch's position: reading order or grid", ("reading", "grid"))
     head: str = _model("posterior", "digit posteriors, or plain linear output", ("posterior", "linear"))
     posterior: str = _model("auto", "what the posterior head is over", ("auto", "digits", "tokens", "tree"))
     neighbours: int | None = _model(
@@ -76,9 +73,7 @@ class TrainConfig:
     compile: bool = _model(False, "compile the blocks: faster steps, a slow start (a CPU needs a C++ compiler)")
 
     objective: str = _objective("ce", "cross-entropy, squared error or weighted bound", ("ce", "mse", "elbo"))
-    timesteps: str = _objective(
-        "band", "where noise levels lie", ("band", "uniform", "logit_normal", "entropic", "noisy")
-    )
+    timesteps: str = _objective("band", "where noise levels lie", ("band", "uniform", "entropic", "noisy"))
     block_size: int = _objective(0, "patches that lose their noise together, from left to right; 0: the whole image")
     noisy_depth: int = _objective(0, "blocks, the last ones, that noisy patches go through from left to right; 0: all")
     patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
@@ -87,8 +82,7 @@ class TrainConfig:
         "share of a batch whose tokens are predicted one after another (not given: 0.75, or 1 with noisy timesteps and "
         "blocks of one patch; 0 where a patch holds one token or digits are predicted)",
     )
-    self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")
-    ema_decay: list[float] = _objective((0.9999,), "decays of the weights' moving averages")  # noqa: RUF009
+    ema_decay: float = _objective(0.9999, "decay of the weights' moving average; 0: none")
 
     epochs: int = _run(1, "passes over the data; they fix the length of the schedule")
     max_steps: int | None = _run(None, "end after this many optimiser steps, without changing the schedule")
@@ -206,9 +200,6 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not fits(value):
                     problems.append(f"--{name} {value}: expected {expected}")
-        decays = self.ema_decay
-        if len(set(decays)) < len(decays) or not all(0 < decay < 1 for decay in decays):
-            problems.append(f"--ema_decay {decays}: expected different numbers between 0 and 1")
         return problems
 
     def _image_problems(self) -> list[str]:
@@ -258,9 +249,8 @@ _OF_THE_LAUNCH = frozenset(
 _FIXED = (
     *("data_path", "eval_data_path", "eval_fraction", "vocab_size", "packing", "use_chat_template"),
     *("enable_condition", "condition_drop", "max_tokens", "img_size", "token_size", "radix", "palette", "layout"),
-    *("model", "positions", "head", "posterior", "neighbours", "objective", "timesteps", "block_size", "noisy_depth"),
-    *("patch_noise", "in_turn", "self_conditioning"),
-    *("ema_decay", "seed"),
+    *("model", "head", "posterior", "neighbours", "objective", "timesteps", "block_size", "noisy_depth"),
+    *("patch_noise", "in_turn", "ema_decay", "seed"),
 )
 
 _COUNTS = (
@@ -275,12 +265,8 @@ _RANGES = (
         lambda value: value >= 0,
         "0 or more",
     ),
-    (
-        ("condition_drop", "patch_noise", "in_turn", "self_conditioning"),
-        lambda value: 0 <= value <= 1,
-        "between 0 and 1",
-    ),
-    (("eval_fraction", "warmup_ratio"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+    (("condition_drop", "patch_noise", "in_turn"), lambda value: 0 <= value <= 1, "between 0 and 1"),
+    (("eval_fraction", "warmup_ratio", "ema_decay"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
     (("lr",), lambda value: 0 < value < math.inf, "a number above 0"),
     (("max_grad_norm",), lambda value: 0 <= value < math.inf, "0 (no clipping) or more"),
     (("radix",), lambda value: value >= 2, "at least 2 levels"),
@@ -304,9 +290,7 @@ def _members(annotation) -> tuple:
 
 def _has_type(value, annotation) -> bool:
     for member in _members(annotation):
-        if typing.get_origin(member) is list:
-            fits = isinstance(value, list) and all(_has_type(item, *typing.get_args(member)) for item in value)
-        elif member is float:
+        if member is float:
             fits = isinstance(value, int | float) and not isinstance(value, bool)
         elif member is int:
             fits = isinstance(value, int) and not isinstance(value, bool)
@@ -325,7 +309,7 @@ def _describe(annotation) -> str:
         bool: "true or false",
         types.NoneType: "null",
     }
-    return " or ".join(names.get(member, "a list of numbers") for member in _members(annotation))
+    return " or ".join(names[member] for member in _members(annotation))
 
 
 class Parser(argparse.ArgumentParser):
@@ -360,19 +344,14 @@ def _add_switch(group, field: dataclasses.Field) -> None:
 
 
 def _add_value(group, field: dataclasses.Field) -> None:
-    """Add `--name VALUE`; a list takes any number of values."""
-    value_type = kind = _members(field.type)[0]
+    """Add `--name VALUE`."""
+    value_type = _members(field.type)[0]
     text, const, choices = (field.metadata[key] for key in ("help", "const", "choices"))
-    default, options = field.default, {}
-    if typing.get_origin(kind) is list:
-        value_type, default, options = typing.get_args(kind)[0], field.default_factory(), {"nargs": "*"}
-    if const is not None:
-        options = {"nargs": "?", "const": const}
-    if default not in (None, ""):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        text += f" (default: {shown})"
+    options = {} if const is None else {"nargs": "?", "const": const}
+    if field.default not in (None, ""):
+        text += f" (default: {field.default})"
     metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[value_type]
-    group.add_argument(f"--{field.name}", type=value_type, default=default, metavar=metavar, help=text, **options)
+    group.add_argument(f"--{field.name}", type=value_type, default=field.default, metavar=metavar, help=text, **options)
 
 
 def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:

@@ -152,7 +152,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: engin
         parameters=parameters,
         precision=_precision(settings),
         moments=moments,
-        averages=len(config.ema_decay),
+        averages=int(config.ema_decay > 0),
         zero=settings["zero_optimization"],
         on_cpu=machine.accelerator == "cpu",
         fixed=fixed,

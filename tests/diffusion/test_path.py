@@ -117,13 +117,6 @@ def test_noisy_draws_are_the_band_and_its_end():
     torch.testing.assert_close(noisy.elbo_weight(t[760:]), 4 * band.elbo_weight(t[760:]))
 
 
-def test_logit_normal_is_that_of_jit():
-    u = (torch.arange(999, dtype=torch.float64) + 1) / 1000
-    signal = 1 - TimestepSampler("logit_normal", 16)(u).double() / 1000
-    expected = torch.distributions.Normal(-0.8, 0.8).icdf(u).sigmoid()
-    torch.testing.assert_close(signal, expected, atol=1e-6, rtol=1e-4)
-
-
 def test_draws_stay_inside_the_path():
     extremes = torch.tensor([0.0, 1e-300, 1 - 2**-53], dtype=torch.float64)
     for kind in TIMESTEP_SAMPLERS:
@@ -145,5 +138,5 @@ def test_elbo_weight(kind):
 
 
 def test_unknown_timesteps():
-    with pytest.raises(ValueError, match="unknown timesteps 'cosine'; available: band, uniform, logit_normal"):
+    with pytest.raises(ValueError, match="unknown timesteps 'cosine'; available: band, uniform, entropic"):
         TimestepSampler("cosine", 16)

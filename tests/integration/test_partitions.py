@@ -81,7 +81,7 @@ def train_once(folder: Path, data: dict[str, Path], steps: int, name: str, cut: 
     epochs = STEPS if name == "few" else 2
     flags = small_flags(data[name], folder / "run", *settings_file(folder, stage, micro_batch), "--no_packing")
     flags += f"--eval_data_path {data['few']} --max_tokens 256 --epochs {epochs} --max_steps {steps} --lr 2e-3".split()
-    flags += "--enable_condition --self_conditioning 0.5 --ema_decay 0.9".split()
+    flags += "--enable_condition --ema_decay 0.9".split()
     flags += f"--train_batch_size {BATCH} --eval_interval {EVAL_INTERVAL} --save_interval 1000".split()
     train_in_ranks(ranks, [*flags, *map(str, more)])
 
