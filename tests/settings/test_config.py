@@ -45,7 +45,7 @@ def test_all_mistakes_are_listed_at_once():
     )
     expected = [
         *("unknown argument '--moedl'; did you mean '--model'?", "--layout 'ptach'", "--epochs 0", "--seed -1"),
-        *("--condition_drop 2.0", "--lr nan", "--ema_decay 1.5", "--token_size 3", "--data_path is missing"),
+        *("--condition_drop 2.0", "--ema_decay 1.5", "--lr nan", "--token_size 3", "--data_path is missing"),
         "--head linear has no digit posteriors",
     ]
     assert len(listed) == len(expected)
