@@ -71,7 +71,7 @@ def _batch_is_open(config: TrainConfig, raw: dict) -> bool:
 
 def left_open(config: TrainConfig, images: int) -> TrainConfig:
     """The settings without what would be decided like this anyway: what a command line need not say."""
-    open_again = dataclasses.replace(config, lr=None, train_batch_size=None, epochs=None)
+    open_again = dataclasses.replace(config, lr=None, train_batch_size=None, batch_size=None, epochs=None)
     again = decide(open_again, {}, images, world_size=1)[0]
     same = {name: None for name in ("lr", "train_batch_size") if getattr(again, name) == getattr(config, name)}
     if config.epochs == epochs(config, images, config.train_batch_size or again.train_batch_size):

@@ -36,7 +36,7 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     check_shared(config, dist)
-    engine = TrainEngine(parts.module, settings, [config.ema_decay] if config.ema_decay else [], dist)
+    engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
     if resumed:
         state = checkpoints.load(engine, resumed)
     run = Run(config, settings, parts, engine, state)

@@ -219,8 +219,8 @@ def test_fine_tuning_starts_from_the_weights_tokenizer_and_codec_of_a_checkpoint
         torch.testing.assert_close(after.model.state_dict()[name], value, atol=1e-7, rtol=0)
 
 
-def test_self_conditioning_and_semantic_palette(corpus, tmp_path):
-    flags = small_flags(corpus, tmp_path / "run", "--self_conditioning", 0.5, "--palette", "semantic", "--max_steps", 2)
+def test_semantic_palette(corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", "--palette", "semantic", "--max_steps", 2)
     train_in_ranks(2, flags)
     train_in_ranks(
         1, ["--resume", "latest", "--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--num_samples", "0"]

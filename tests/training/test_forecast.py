@@ -139,7 +139,7 @@ def test_conditions_and_no_averages(tmp_path):
     path = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"word {i}", "answer": "meaning " * (1 + i % 5)} for i in range(60)]
     path.write_text("\n".join(map(json.dumps, pairs)))
-    report = planned(path, "--enable_condition", "--ema_decay", "--self_conditioning", 0.5)
+    report = planned(path, "--enable_condition", "--ema_decay", 0)
     assert report["data"]["images"] + report["data"]["eval_images"] == 60
     assert all(row["averages"] == 0 for row in report["memory"]["stages"])
 
