@@ -41,7 +41,7 @@ def epochs(config: TrainConfig, images: int, train_batch_size: int) -> int:
 def decide(
     config: TrainConfig, raw: dict, images: int, world_size: int, resumed_train_batch: int | None = None
 ) -> tuple[TrainConfig, list[str]]:
-    """The settings with what was left open filled, and one line that says what was decided and why.
+    """The settings with what was left open filled, and in a few words each what was decided and why.
 
     Args:
         raw: the engine's JSON, whose explicit values are left alone.
@@ -60,7 +60,7 @@ def decide(
         config = dataclasses.replace(config, epochs=epochs(config, images, size))
         steps = config.epochs * steps_per_epoch(images, size)
         decided.append(f"{config.epochs} epoch(s) for {steps:,} steps")
-    return config, [f"automatic: {', '.join(decided)}"] if decided else []
+    return config, decided
 
 
 def _batch_is_open(config: TrainConfig, raw: dict) -> bool:

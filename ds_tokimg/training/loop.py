@@ -183,8 +183,8 @@ class Run:
         """What the run is: `decided`, what was left open and is now known; `notes`, what its user should know."""
         parts, config = self.parts, self.config
         size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parts.module.parameters())
-        for line in decided:
-            self.log(line)
+        if decided:
+            self.log(f"automatic: {', '.join(decided)}")
         for note in notes:
             self.log(f"note: {note}")
         if resumed:
