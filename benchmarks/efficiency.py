@@ -22,7 +22,6 @@ import torch
 
 from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of
-from ds_tokimg.model.flops import train_flops
 from ds_tokimg.settings.config import TrainConfig
 
 SIZE = 2048  # of the square matrices that the step is compared with
@@ -55,7 +54,7 @@ def print_share(name: str, batch: int, tokens: int, repetitions: int) -> None:
     config = TrainConfig(data_path="-", batch_size=batch, **options)
     engine = engine_of(config)
     micro_batch = batch_of(engine.module, config, [tokens] * batch)
-    flops = train_flops(engine.module.model, micro_batch)
+    flops = engine.module.flops(micro_batch)
     left, right, result = (torch.randn(SIZE, SIZE) for _ in range(3))
     rivals = {
         "products": lambda: torch.mm(left, right, out=result),

@@ -11,7 +11,7 @@ from ds_tokimg.data.text_format import absolute, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import WEIGHTS, TrainedModel, load_trained
 from ds_tokimg.settings.command_line import Parser, path
-from ds_tokimg.training.bound import DEFAULT_LEVELS, Bound, bound_of
+from ds_tokimg.training.bound import DEFAULT_LEVELS, Bound, BoundOptions, bound_of
 from ds_tokimg.training.objective import TrainingLoss
 
 SPLITS = ("auto", "eval", "train", "all")
@@ -21,19 +21,17 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.noise_levels < 1:
         raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
-    if arguments.block_size is not None and arguments.block_size < 0:
-        raise UserError(f"--block_size {arguments.block_size}: 0 (the whole image) or more")
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    try:
+        writing = trained.model.writing.asked(arguments.block_size, arguments.many_steps)
+    except ValueError as error:
+        raise UserError(f"--block_size {arguments.block_size}: {error}") from None
     dataset = open_texts(trained, arguments.data_path, arguments.split, arguments.cache_dir)
     if not len(dataset):
         raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
     module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
-    options = {"num_levels": arguments.noise_levels, "seed": arguments.seed, "device": arguments.device}
-    if arguments.block_size is not None:
-        options["block_size"] = arguments.block_size
-    if arguments.many_steps:
-        options |= {"one_step": False, "in_turn": False}
-    bound = bound_of(module, trained.format, trained.layout, dataset, **options)
+    options = BoundOptions(num_levels=arguments.noise_levels, seed=arguments.seed, device=arguments.device)
+    bound = bound_of(module, trained.format, dataset, writing, options=options)
     report(bound, trained.path, arguments.data_path)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(as_json(bound), indent=1) + "\n")

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts = _prompts(arguments)
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
-    options = _options(arguments, trained.format.block_size)
+    options = _options(arguments)
     if arguments.infill is not None:
         texts = infill(trained, arguments.infill, options, arguments.num_samples)
     else:
@@ -97,12 +97,12 @@ def _prompts(arguments) -> list[str | None]:
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
-def _options(arguments, trained_block_size: int) -> SamplingOptions:
+def _options(arguments) -> SamplingOptions:
     try:
         return SamplingOptions(
             steps=arguments.num_inference_steps,
             sampler=arguments.sampler,
-            block_size=trained_block_size if arguments.block_size is None else arguments.block_size,
+            block_size=arguments.block_size,
             guidance_scale=arguments.guidance_scale,
             seed=arguments.seed,
             batch_size=arguments.batch_size,

@@ -25,8 +25,8 @@ def test_the_learning_rate_is_that_of_the_recipe_and_halves_as_the_width_doubles
 
 
 def test_the_train_batch_grows_with_the_square_root_of_the_corpus():
-    sizes = [decided(images=images)[0].train_batch_size for images in (10, 2000, 8000, 32000, 2_000_000)]
-    assert sizes == [4, 4, 8, 16, 128]
+    sizes = [decided(images=images)[0].train_batch_size for images in (10, 2143, 16_000, 100_000, 10_000_000)]
+    assert sizes == [4, 4, 8, 16, 64]
     assert decided("--recipe", "left-to-right", images=8000)[0].train_batch_size == 4
 
 
