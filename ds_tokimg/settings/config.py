@@ -10,12 +10,12 @@ import dataclasses
 import json
 import math
 import re
-import types
 import typing
 from functools import partial
 from pathlib import Path
 
-from ds_tokimg.errors import UserError, nearest, raise_problems
+from ds_tokimg.errors import UserError, alternatives, described, has_type, nearest, raise_problems, value_problems
+from ds_tokimg.settings import formats
 
 # What "auto" of the JSON becomes when no flag fills it.
 DEFAULT_TRAIN_BATCH_SIZE = 32
@@ -165,30 +165,24 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write all settings as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        values = {"format": formats.FORMAT, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "TrainConfig":
-        """Settings written by `save`. UserError if the file is missing or broken, or has bad values."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the run's settings ({error.strerror})") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object of settings, found {type(values).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = [f"unknown setting {key!r}{nearest(key, known)}" for key in values if key not in known]
-        config = cls(**{key: value for key, value in values.items() if key in known})
-        raise_problems(f"{path} cannot be used:", unknown + config.problems())
-        return config
+        """Settings written by `save`, of this format or an earlier one. UserError if the file is missing or broken, has
+        unknown or missing settings, or bad values."""
+        values = formats.read(path, formats.CONFIG)
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        problems = value_problems(values, fields)
+        formats.refuse(path, problems or cls(**values).problems())
+        return cls(**values)
 
     def _type_problem(self, field: dataclasses.Field) -> str | None:
         value = getattr(self, field.name)
-        if _has_type(value, field.type):
+        if has_type(value, field.type):
             return None
-        return f"--{field.name} {value!r}: expected {_describe(field.type)}"
+        return f"--{field.name} {value!r}: expected {described(field.type)}"
 
     def _choice_problems(self) -> list[str]:
         problems = []
@@ -297,37 +291,6 @@ def saved_settings(resume: str, output_dir: str) -> dict:
     return {}
 
 
-def _members(annotation) -> tuple:
-    """The alternatives of `int | None`, or the type itself."""
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-
-
-def _has_type(value, annotation) -> bool:
-    for member in _members(annotation):
-        if typing.get_origin(member) is list:
-            fits = isinstance(value, list) and all(_has_type(item, *typing.get_args(member)) for item in value)
-        elif member is float:
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
-        elif member is int:
-            fits = isinstance(value, int) and not isinstance(value, bool)
-        else:
-            fits = isinstance(value, member)
-        if fits:
-            return True
-    return False
-
-
-def _describe(annotation) -> str:
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        types.NoneType: "null",
-    }
-    return " or ".join(names.get(member, "a list of numbers") for member in _members(annotation))
-
-
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose mistakes are UserErrors, so that one rank prints them, like all others."""
 
@@ -344,7 +307,7 @@ def build_parser(command: str, description: str) -> Parser:
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        add_flag = _add_switch if bool in _members(field.type) else _add_value
+        add_flag = _add_switch if bool in alternatives(field.type) else _add_value
         add_flag(groups[title], field)
     # The deepspeed launcher passes it; the rank itself comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -361,7 +324,7 @@ def _add_switch(group, field: dataclasses.Field) -> None:
 
 def _add_value(group, field: dataclasses.Field) -> None:
     """Add `--name VALUE`; a list takes any number of values."""
-    value_type = kind = _members(field.type)[0]
+    value_type = kind = alternatives(field.type)[0]
     text, const, choices = (field.metadata[key] for key in ("help", "const", "choices"))
     default, options = field.default, {}
     if typing.get_origin(kind) is list:
