@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds_tokimg evaluate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ds-tokimg evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
     add("--data_path", required=True, metavar="PATH", help="texts, in any form that train takes")

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds_tokimg export", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ds-tokimg export", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run's folder (its best one)")
     add("--output", required=True, metavar="DIR", help="a new folder")

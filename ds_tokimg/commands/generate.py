@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds_tokimg generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ds-tokimg generate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     defaults = SamplingOptions()
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")

@@ -295,13 +295,13 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose mistakes are UserErrors, so that one rank prints them, like all others."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser(command: str, description: str) -> Parser:
     """A parser of every flag of TrainConfig, to which a command may add its own."""
-    usage = f"ds_tokimg {command} --data_path PATH [flags]"
-    parser = Parser(usage=usage, description=description, allow_abbrev=False)
+    prog = f"ds-tokimg {command}"
+    parser = Parser(prog=prog, usage=f"{prog} --data_path PATH [flags]", description=description, allow_abbrev=False)
     groups = {}
     for field in dataclasses.fields(TrainConfig):
         title = field.metadata["group"]
