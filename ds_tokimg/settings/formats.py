@@ -34,9 +34,23 @@ Files = dict[str, dict]  # the contents of files that belong together, by kind
 RENAMED_PARAMETERS: dict[int, dict[str, str]] = {1: {}}
 
 # What format 1 no longer has, and the value that says what today's version does anyway: {kind of file: {key: value}}.
-DROPPED_IN_1: dict[str, dict[str, object]] = {CONFIG: {}, MODEL: {}}
+DROPPED_IN_1: dict[str, dict[str, object]] = {
+    CONFIG: {"positions": "reading", "self_conditioning": 0},
+    MODEL: {"positions": "reading", "self_conditioning": False},
+}
 # Lists of format 0 of which format 1 has the only element, or `0.0` for an empty one.
-SINGLE_IN_1: tuple[tuple[str, str], ...] = ()
+SINGLE_IN_1 = ((CONFIG, "ema_decay"), (TRAINER_STATE, "ema_decay"))
+# Settings that format 0 did not have. A run of that time has no recipe; the others say what an open learning rate,
+# train batch and number of epochs follow from, and none is open where the run's own JSON goes on.
+ADDED_IN_1: dict[str, dict[str, object]] = {
+    CONFIG: {
+        "recipe": None,
+        "lr_at_width_192": 3e-3,
+        "smallest_train_batch": 4,
+        "wanted_steps": 1000,
+        "most_epochs": 20,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +159,9 @@ def _to_format_1(files: Files, paths: dict[str, str | Path]) -> None:
         for key, value in dropped.items():
             if kind in files:
                 _drop(_settings(files[kind], kind), key, value, paths[kind])
+    for kind, added in ADDED_IN_1.items():
+        if kind in files:
+            files[kind] |= {key: value for key, value in added.items() if key not in files[kind]}
     for kind, key in SINGLE_IN_1:
         if kind in files:
             _single(_settings(files[kind], kind), key, paths[kind] if kind == CONFIG else None)

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_tokimg.choices import LAYOUTS
 from ds_tokimg.errors import value_problems
-
-LAYOUTS = ("patch", "raster")
 
 
 @lru_cache(maxsize=32)

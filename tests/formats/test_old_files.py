@@ -13,7 +13,7 @@ from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.settings import formats
-from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.command_line import train_config
 from tests.support.distributed import run_ranks
 from tests.support.runs import metrics, write_corpus
 
@@ -82,7 +82,7 @@ def _resume(dist, folder):
 
     os.chdir(folder)
     shapes.SIZES["XS"] = (1, 16, 2)
-    config = TrainConfig.from_args("--resume latest --output_dir at_once --max_steps 6".split())
+    config = train_config("--resume latest --output_dir at_once --max_steps 6".split())
     train(config, engine_json.read(config.deepspeed_config), dist)
 
 

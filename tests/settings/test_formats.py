@@ -54,8 +54,8 @@ def test_what_is_no_file_of_ours_is_one_sentence(content, expected, tmp_path):
     [
         (lambda values: values | {"epoch": 3}, "unknown key 'epoch'; did you mean 'epochs'?"),
         (lambda values: {k: v for k, v in values.items() if k != "lr"}, "the key 'lr' is missing"),
-        (lambda values: values | {"epochs": "abc"}, "epochs is 'abc': expected a whole number"),
-        (lambda values: values | {"epochs": 0}, "--epochs 0: expected a whole number of at least 1"),
+        (lambda values: values | {"seed": "abc"}, "seed is 'abc': expected a whole number"),
+        (lambda values: values | {"log_interval": 0}, "--log_interval 0: expected a whole number of at least 1"),
     ],
 )
 def test_settings_must_be_those_of_this_version(change, expected, config):
@@ -89,6 +89,7 @@ def old_folder(tmp_path, monkeypatch):
     """A writer of format-0 files, and their reader, in a version that dropped and joined settings."""
     dropped = {"config.json": {"positions": "reading", "mirror": 0}, "model.json": {"mirror": 0}}
     monkeypatch.setattr(formats, "DROPPED_IN_1", dropped)
+    monkeypatch.setattr(formats, "ADDED_IN_1", {"text.json": {"letters": 26}})
     monkeypatch.setattr(formats, "SINGLE_IN_1", (("config.json", "ema_decay"), ("trainer_state.json", "ema_decay")))
 
     def read(kind, values):
@@ -109,6 +110,11 @@ def test_settings_that_this_version_no_longer_has_are_refused(old_folder, tmp_pa
     message = refused(old_folder, "config.json", {"positions": "grid"})
     assert message.startswith(f"{tmp_path / 'config.json'}: positions is 'grid', which this version no longer has")
     assert "mirror is True" in refused(old_folder, "model.json", {"model": {"mirror": True}})
+
+
+def test_settings_that_there_were_not_yet_are_added(old_folder):
+    assert old_folder("text.json", {}) == {"letters": 26}
+    assert old_folder("text.json", {"letters": 33}) == {"letters": 33}
 
 
 def test_a_list_of_decays_becomes_one(old_folder):
