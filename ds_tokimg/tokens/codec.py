@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_tokimg.choices import LAYOUTS
+from ds_tokimg.errors import value_problems
 
 
 @lru_cache(maxsize=32)
@@ -193,6 +194,11 @@ class TokenCodec:
 
     @classmethod
     def from_dict(cls, values: dict) -> TokenCodec:
+        """The codec that `to_dict` described. Raises ValueError for unknown or missing keys and bad values."""
+        fields = {"vocab_size": int, "token_size": int, "radix": int, "palette": list[int] | None}
+        problems = value_problems(values, fields, "codec.")
+        if problems:
+            raise ValueError("; ".join(problems))
         return cls(**values)
 
     def save_png(self, path, ids, img_size: int = 64, layout: str = "patch", patch_size: int = 4) -> None:
@@ -242,7 +248,10 @@ def _as_permutation(palette, vocab_size: int) -> Tensor | None:
     if palette is None:
         return None
     if not isinstance(palette, torch.Tensor):
-        palette = torch.from_numpy(np.array(palette, dtype=np.int64))
+        try:
+            palette = torch.from_numpy(np.array(palette, dtype=np.int64))
+        except OverflowError:
+            raise ValueError(f"palette must be a permutation of range({vocab_size})") from None
     if palette.shape != (vocab_size,) or not torch.equal(palette.sort().values, torch.arange(vocab_size)):
         raise ValueError(f"palette must be a permutation of range({vocab_size})")
     return palette
