@@ -33,8 +33,8 @@ def warmed_decay(decay: float, updates: int) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-class Averaging:
-    """Mix-in for a torch optimiser: `ema_DECAY` and `updates` in the state of each parameter.
+class Averaging(torch.optim.Optimizer):
+    """Mix-in before a torch optimiser: `ema_DECAY` and `updates` in the state of each parameter.
 
     DeepSpeed reads `overflow` and `_global_grad_norm` of whatever optimiser it steps. At stage 0 nothing else sets
     them, so the engine does, and a step on gradients that are not finite counts as skipped there too.
@@ -44,7 +44,7 @@ class Averaging:
         super().__init__(params, **settings)
         self.averages = {average_key(decay): decay for decay in ema_decay}
         self.overflow = False
-        self._global_grad_norm = None
+        self._global_grad_norm: Tensor | None = None
 
     def keeps(self, group: dict, key: str) -> bool:
         """Whether the state of the parameters in a group has an entry `key`."""
@@ -103,7 +103,7 @@ class AveragedMuon(Averaging, Muon):
         return not (group["orthogonal"] and key == "exp_avg_sq")
 
 
-def build_optimizer(params: Iterable[nn.Parameter], block: dict, ema_decay: Iterable[float]) -> torch.optim.Optimizer:
+def build_optimizer(params: Iterable[nn.Parameter], block: dict, ema_decay: Iterable[float]) -> Averaging:
     """The optimiser of a run.
 
     Args:
