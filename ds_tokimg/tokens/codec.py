@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-LAYOUTS = ("patch", "raster")
+from ds_tokimg.choices import LAYOUTS
 
 
 @lru_cache(maxsize=32)
