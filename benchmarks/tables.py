@@ -6,8 +6,8 @@
 A page holds a table between the lines `<!-- table NAME -->` and `<!-- end of table -->`; what stands between them is
 replaced. So a figure of the README and the same figure of a page cannot drift apart.
 
-Compute is told in FLOPs: those of the matrix products of a step, forward and backward, as `ds_tokimg.model.flops` counts
-them, a token, times the tokens that were trained on. The data file counts transformer positions, which leave out the
+Compute is told in FLOPs: those that a token costs in matrix products, forward and backward, as `ds_tokimg.model.flops`
+counts them, times the tokens that were trained on. The data file counts transformer positions, which leave out the
 modulation, the embeddings and the output layer.
 """
 
@@ -281,7 +281,9 @@ AT_ONCE_TRIALS = {
         Trial("local window of 1", "timesteps=entropic neighbours=1", **_FIRST),
         Trial("local window of 4", "timesteps=entropic neighbours=4", **_FIRST),
         Trial("no local window", "timesteps=entropic neighbours=0", **_EARLIER),
-        Trial("16 tokens a patch (`JiT-XS/4`), window of 1", "timesteps=entropic model=JiT-XS/4 neighbours=1", **_FIRST),
+        Trial(
+            "16 tokens a patch (`JiT-XS/4`), window of 1", "timesteps=entropic model=JiT-XS/4 neighbours=1", **_FIRST
+        ),
     ],
     "one change each, without a local window, timesteps `band`": [
         Trial("none", "neighbours=0", **_EARLIER),
@@ -314,9 +316,7 @@ LEFT_TO_RIGHT_TRIALS = {
         Trial("none", "noisy_depth=0", **_AT_FULL_COST),
         Trial("timesteps `band`", "timesteps=band noisy_depth=0", **_AT_FULL_COST),
         Trial("palette `id`", "palette=id noisy_depth=0", **_AT_FULL_COST),
-        Trial(
-            "posterior `digits`, timesteps `band`", "posterior=digits timesteps=band noisy_depth=0", **_AT_FULL_COST
-        ),
+        Trial("posterior `digits`, timesteps `band`", "posterior=digits timesteps=band noisy_depth=0", **_AT_FULL_COST),
     ],
 }
 

@@ -1,6 +1,6 @@
 """Reference pages made from the code: the commands' flags, the settings, the recipes, the engine's JSON.
 
-    python docs/generate.py reference/settings.md     prints one page, for a look without mkdocs
+`python docs/generate.py reference/settings.md` prints one page, for a look without mkdocs.
 """
 
 import argparse
@@ -90,9 +90,9 @@ def settings() -> str:
     """Every setting by section, and what each recipe states."""
     text = [
         "# Settings\n",
-        "A setting is a flag of `train` (`--name VALUE`; a switch is `--name` or `--no_name`) and a key of a recipe, in the",
-        "section under which it stands here. A flag wins over the recipe, the recipe over the default. Those marked with a",
-        "star are listed by `train --help-all` only: a recipe fixes them.\n",
+        "A setting is a flag of `train` (`--name VALUE`; a switch is `--name` or `--no_name`) and a key of a recipe,",
+        "in the section under which it stands here. A flag wins over the recipe, the recipe over the default. Those",
+        "marked with a star are listed by `train --help-all` only: a recipe fixes them.\n",
         "What becomes of a setting when a run is resumed:\n",
         table(
             ["on resume", "meaning"],
@@ -146,9 +146,10 @@ def engine_keys() -> str:
     """Every key that may stand in the engine's JSON, by block, and the file that is shipped."""
     text = [
         "# Engine JSON\n",
-        "What `ds_config.json` (or `--deepspeed_config FILE`) may hold: the keys that DeepSpeed reads, and the values that",
-        "work with this trainer. An unknown key, a value of a wrong kind and a contradiction are one message each, before",
-        'anything starts. `"auto"` is filled from flags, the recipe and the machine; the result is written to the run.\n',
+        "What `ds_config.json` (or `--deepspeed_config FILE`) may hold: the keys that DeepSpeed reads, and the",
+        "values that work with this trainer. An unknown key, a value of a wrong kind and a contradiction are one",
+        'message each, before anything starts. `"auto"` is filled from flags, the recipe and the machine; the result',
+        "is written to the run.\n",
         "The file that is shipped:\n",
         f"```json\n{engine_json.SHIPPED.read_text(encoding='utf-8').strip()}\n```\n",
         "## Top level\n",
