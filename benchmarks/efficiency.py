@@ -1,6 +1,6 @@
 """Which share of the machine's rate on large matrix products the training step reaches.
 
-    python benchmarks/efficiency.py [--model JiT-B/4 --batch 4 --tokens 4096] > benchmarks/efficiency.md
+    python -m benchmarks.efficiency [--model JiT-B/4 --batch 4 --tokens 4096] > benchmarks/efficiency.md
 
 Both rates are measured in one process, taking turns; each model has a process of its own, as a run has. The step is the
 trainer's own (DeepSpeed engine, stage 0, fp32, AdamW, clipping, one moving average) on full images. Its operations are
@@ -13,13 +13,11 @@ of `launch/train.sh`: small micro-batches, from left to right.
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of
 from ds_tokimg.model.flops import train_flops
@@ -47,7 +45,7 @@ def main() -> None:
     print_table("model", "images × tokens", "GFLOP a step", "GFLOP/s in products", "in the step", "share", "target")
     for name, batch, tokens in [(args.model, args.batch, args.tokens)] if args.model else MODELS:
         flags = ["--model", name, "--batch", batch, "--tokens", tokens, "--repetitions", args.repetitions, "--row"]
-        subprocess.run([sys.executable, __file__, *map(str, flags)], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.efficiency", *map(str, flags)], check=True, cwd=ROOT)
 
 
 def print_share(name: str, batch: int, tokens: int, repetitions: int) -> None:

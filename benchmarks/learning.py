@@ -1,7 +1,7 @@
 """Bits per byte of held-out text for the compute spent: the trainer's recipe, its ablations, and honest references.
 
-    python benchmarks/learning.py --system ours --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
-    python benchmarks/learning.py --table
+    python -m benchmarks.learning --system ours --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
+    python -m benchmarks.learning --table
 
 Corpora: the bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text. Another
 tokenizer makes another corpus of it (bits per byte compare, bits per token do not).
@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 import sysconfig
 import tempfile
 import time
@@ -27,21 +26,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.references import Autoregressive, MaskedDiffusion, bits  # noqa: E402
-from ds_tokimg.data.order import TrainBatchSampler  # noqa: E402
-from ds_tokimg.engine.allocator import keep_freed_memory  # noqa: E402
-from ds_tokimg.engine.optimizer import average_key, build_optimizer  # noqa: E402
-from ds_tokimg.engine.ranks import OnlyRank  # noqa: E402
-from ds_tokimg.inference.sampler import SamplingOptions, sample  # noqa: E402
-from ds_tokimg.model.config import SIZES  # noqa: E402
-from ds_tokimg.model.heads.base import draws_in_one_step  # noqa: E402
-from ds_tokimg.model.heads.tree import TreeHead  # noqa: E402
-from ds_tokimg.settings.config import TrainConfig  # noqa: E402
-from ds_tokimg.training.assemble import assemble  # noqa: E402
-from ds_tokimg.training.bound import bound_of  # noqa: E402
+from benchmarks import ROOT
+from benchmarks.references import Autoregressive, MaskedDiffusion, bits
+from ds_tokimg.data.order import TrainBatchSampler
+from ds_tokimg.engine.allocator import keep_freed_memory
+from ds_tokimg.engine.optimizer import average_key, build_optimizer
+from ds_tokimg.engine.ranks import OnlyRank
+from ds_tokimg.inference.sampler import SamplingOptions, sample
+from ds_tokimg.model.config import SIZES
+from ds_tokimg.model.heads.base import draws_in_one_step
+from ds_tokimg.model.heads.tree import TreeHead
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.training.assemble import assemble
+from ds_tokimg.training.bound import bound_of
 
 # The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
 RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}
@@ -238,7 +235,7 @@ def prepare(arguments):
         config.validate()
         parts = assemble(config, OnlyRank(), None)
     torch.manual_seed(arguments.seed)
-    kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
+    kinds: dict[str, Callable] = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
     kinds |= {f"{name}, shift": functools.partial(kind, shift=True) for name, kind in kinds.items()}
     if arguments.system in kinds:
         return Reference(parts, config, kinds[arguments.system])
@@ -298,7 +295,7 @@ def use_averages(optimizer) -> None:
 
 
 def write_texts(system, arguments) -> None:
-    """Texts of the system, of the training set and real ones that were held out, as `benchmarks/text.py` reads them:
+    """Texts of the system, of the training set and real ones that were held out, as `benchmarks.text` reads them:
     a JSON list of strings each, all of as many tokens."""
     folder, parts = Path(arguments.write), system.parts
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,7 +357,7 @@ def main() -> None:
         elif in_turn:
             row["bits"][f"{path}, in turn"] = system.bits(path, arguments.levels, in_turn=True)
         # Of a tree many small steps would cost a softmax at each of them.
-        if not (one_step and isinstance(model.head, TreeHead)):
+        if not (one_step and model is not None and isinstance(model.head, TreeHead)):
             row["bits"][path] = system.bits(path, arguments.levels)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
