@@ -1,6 +1,6 @@
 """How fast data is: tokenising against the bare Rust tokenizer, images from the cache, opening a cached corpus.
 
-    python -m benchmarks.data [--megabytes 100] [--tokenizer FOLDER] [--repetitions 3] > benchmarks/data.md
+    python -m benchmarks.data [--megabytes 100] [--tokenizer FOLDER] [--repetitions 3] > benchmarks/results/data.md
 
 The corpus is the bundled one, its lines shuffled and repeated to the size asked for. Measurements that are compared
 take turns in one run; the table gives their median and spread. 100 MB take about four minutes on two cores.

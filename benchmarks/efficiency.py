@@ -1,6 +1,6 @@
 """Which share of the machine's rate on large matrix products the training step reaches.
 
-    python -m benchmarks.efficiency [--model JiT-B/4 --batch 4 --tokens 4096] > benchmarks/efficiency.md
+    python -m benchmarks.efficiency [--model JiT-B/4 --batch 4 --tokens 4096] > benchmarks/results/efficiency.md
 
 Both rates are measured in one process, taking turns; each model has a process of its own, as a run has. The step is the
 trainer's own (DeepSpeed engine, stage 0, fp32, AdamW, clipping, one moving average) on full images. Its operations are

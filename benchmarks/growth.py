@@ -1,6 +1,6 @@
 """How speed changes with batch, width, depth and corpus: what a bigger run costs, and that nothing outgrows its work.
 
-    python -m benchmarks.growth [--parts model corpus] [--megabytes 1 10 100 1000] > benchmarks/growth.md
+    python -m benchmarks.growth [--parts model corpus] [--megabytes 1 10 100 1000] > benchmarks/results/growth.md
 
 Models: batches of full 64 × 64 images; operations as in `ds_tokimg.model.flops`. Corpora: the bundled text, its lines
 shuffled and repeated; 1 GB takes about five minutes on two cores and 3 GB of the disk for the time being.

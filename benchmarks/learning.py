@@ -1,15 +1,14 @@
 """Bits per byte of held-out text for the compute spent: the trainer's recipe, its ablations, and honest references.
 
     python -m benchmarks.learning --system ours --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
-    python -m benchmarks.learning --table
 
 Corpora: the bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text. Another
 tokenizer makes another corpus of it (bits per byte compare, bits per token do not).
 
-Every run adds a line to benchmarks/learning.jsonl; `--table` prints all lines as the table of learning.md. All systems
-share blocks, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward and
-backward) times parameters of the blocks; the way between neighbouring tokens of patches that hold several counts as
-the share of the blocks that it costs.
+Every run adds a line to benchmarks/learning.jsonl, from which `python -m benchmarks.tables` makes the pages. All
+systems share layers, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward
+and backward) times parameters of the layers; the way between neighbouring tokens of patches that hold several counts as
+the share of the layers that it costs.
 """
 
 import argparse
@@ -166,61 +165,6 @@ class Reference:
         return {"bits_per_token": bits(nats) / tokens, "bits_per_byte": bits(nats) / held_out.num_bytes}
 
 
-def print_table() -> None:
-    """The results so far: least compute first, then least bits."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    names = "corpus system settings seed batch positions tokens seconds path bits/token bits/byte".split()
-    references = ("autoregressive", "autoregressive, shift")
-    names += ["gap", "gap, shift"]
-    print("| " + " | ".join(names) + " |")
-    print("|---" * len(names) + "|")
-    for row in sorted(rows, key=lambda row: (row["corpus"], row["positions"], min(_bits_per_byte(row)))):
-        curves = [autoregressive_curve(rows, row["corpus"], system) for system in references]
-        for path, figures in row["bits"].items():
-            settings = _settings(row) + (f" ({row['note']})" if row.get("note") else "")
-            cells = [row["corpus"], row["system"], settings.strip(), row["seed"], row["batch"]]
-            cells += [f"{row['positions'] / 1e6:.2f} M", f"{row['tokens'] / 1e6:.2f} M", f"{row['seconds']:.0f}"]
-            cells += ["plain" + path[1:] if path[0] == "0" else f"blocks of {path}"]
-            cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]
-            cells += [compute_gap(row["positions"], figures["bits_per_byte"], curve) for curve in curves]
-            print("| " + " | ".join(map(str, cells)) + " |")
-
-
-def _settings(row: dict) -> str:
-    """What differs from the recipe."""
-    settings = list(row.get("set", []))
-    for name, usual in (("lr", LEARNING_RATE), ("optimizer", "AdamW"), ("weights", "ema")):
-        settings += [f"{name}={row[name]}"] if row.get(name, usual) != usual else []
-    return " ".join(settings)
-
-
-def autoregressive_curve(rows: list[dict], corpus: str, system: str = "autoregressive") -> list[tuple[float, float]]:
-    """(positions, bits per byte) of an autoregressive reference: its best at each budget, while more compute helps."""
-    curve: list[tuple[float, float]] = []
-    same = [row for row in rows if row["system"] == system and row["corpus"] == corpus and not _settings(row)]
-    for row in sorted(same, key=lambda row: (row["positions"], min(_bits_per_byte(row)))):
-        if not curve or min(_bits_per_byte(row)) < curve[-1][1]:
-            curve.append((row["positions"], min(_bits_per_byte(row))))
-    return curve
-
-
-def compute_gap(positions: float, bits_per_byte: float, curve: list[tuple[float, float]]) -> str:
-    """How many times the compute of an autoregressive reference at the same bits per byte: linear between its
-    measurements, in the logarithm of the compute; a bound where it was not measured that far."""
-    if not curve:
-        return ""
-    if bits_per_byte > curve[0][1]:
-        return f"> {positions / curve[0][0]:.1f}"
-    if bits_per_byte < curve[-1][1]:
-        return f"< {positions / curve[-1][0]:.1f}"
-    spent, bits_then = zip(*reversed(curve), strict=True)
-    return f"{positions / math.exp(np.interp(bits_per_byte, bits_then, np.log(spent))):.1f}"
-
-
-def _bits_per_byte(row: dict) -> list[float]:
-    return [figures["bits_per_byte"] for figures in row["bits"].values()]
-
-
 def prepare(arguments):
     """The system on its data."""
     extra = dict(item.split("=", 1) for item in arguments.set)
@@ -331,10 +275,7 @@ def main() -> None:
     add("--texts", type=int, default=200, help="how many")
     add("--steps", type=int, nargs="*", help="sampling steps, one file each (default: as many as `generate` takes)")
     add("--eta", type=float, default=SamplingOptions.eta, help="noise that the sampler replaces (default: %(default)s)")
-    add("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
-    if arguments.table:
-        return print_table()
     keep_freed_memory()
     system = prepare(arguments)
     corpus = arguments.corpus + (f", {Path(arguments.tokenizer).name}" if arguments.tokenizer else "")
@@ -362,7 +303,6 @@ def main() -> None:
     print(json.dumps(row))
     if arguments.write:
         write_texts(system, arguments)
-    return None
 
 
 if __name__ == "__main__":

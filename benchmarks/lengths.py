@@ -1,6 +1,6 @@
 """What a text costs: step time against its length, and the share of positions that are computed in vain.
 
-    python -m benchmarks.lengths [--data_path FILE ...] > benchmarks/lengths.md
+    python -m benchmarks.lengths [--data_path FILE ...] > benchmarks/results/lengths.md
 
 1. The trainer's default model on batches of 32 texts of one length, one an image, the lengths taking turns, and the
    straight line through the times over the patches that hold tokens.

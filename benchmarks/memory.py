@@ -1,6 +1,6 @@
 """Resident memory of real training steps beside what `plan` foretells, per rank.
 
-    python -m benchmarks.memory > benchmarks/memory.md
+    python -m benchmarks.memory > benchmarks/results/memory.md
 
 Every case is a fresh set of ranks (gloo) that take two steps on the micro-batch of the longest texts, with which the
 plan counts. Measured is the peak of a rank's resident memory minus what it held before the engine was made, plus the

@@ -1,6 +1,6 @@
 """How much slower the DeepSpeed step is than a plain PyTorch loop of the same model, data and optimiser.
 
-    python -m benchmarks.overhead [--model JiT-XS/2 --batch 16 --tokens 256] > benchmarks/overhead.md
+    python -m benchmarks.overhead [--model JiT-XS/2 --batch 16 --tokens 256] > benchmarks/results/overhead.md
 
 The plain loop does what training needs and nothing else: forward, backward, clipping, the learning rate of the
 schedule, the fused AdamW with its moving average, and reading the loss. All rivals take turns in one process, on

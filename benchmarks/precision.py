@@ -1,6 +1,6 @@
 """What smaller images and half precision save: time and peak memory of the training step, per image and per token.
 
-    python -m benchmarks.precision [--model JiT-S/4] [--images 16] > benchmarks/precision.md
+    python -m benchmarks.precision [--model JiT-S/4] [--images 16] > benchmarks/results/precision.md
 
 The same script serves on a GPU; the page ends with the line to run there.
 

@@ -1,6 +1,6 @@
 """Step time, bytes and collectives of 1, 2 and 4 real ranks at every ZeRO stage, and a model of them up to 1,024 ranks.
 
-    python -m benchmarks.scaling            writes benchmarks/scaling.md and benchmarks/scaling.png (about four minutes)
+    python -m benchmarks.scaling     writes scaling.md and scaling.png into benchmarks/results (about four minutes)
 
 Weak scaling: a rank's micro-batch stays the same. The model adds up what is measured on its own:
 
@@ -57,8 +57,9 @@ def main() -> None:
         "one core a rank, gloo": {stage: here(stage, cases, links) for stage in STAGES},
         "a cluster": {stage: elsewhere(stage, large, cluster) for stage in STAGES},
     }
-    (ROOT / "benchmarks" / "scaling.md").write_text(report(cases, links, curves, large, args))
-    draw(cases, links, curves, ROOT / "benchmarks" / "scaling.png")
+    results = ROOT / "benchmarks" / "results"
+    (results / "scaling.md").write_text(report(cases, links, curves, large, args))
+    draw(cases, links, curves, results / "scaling.png")
 
 
 # ---- what is measured ----

@@ -1,6 +1,6 @@
 """From the start of the process to the first optimiser step, against importing the libraries alone.
 
-    python -m benchmarks.startup [--data_path FILE] > benchmarks/startup.md
+    python -m benchmarks.startup [--data_path FILE] > benchmarks/results/startup.md
 
 Each rival is a process of its own; they take turns. `first start`: no cache, the tokenizer is trained and the corpus
 tokenised. `second start`: another run on the same data. `resumed`: that run goes on. The clock stops at the log line

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks import ROOT, learning
-from benchmarks.learning import autoregressive_curve, compute_gap
 from benchmarks.lengths import valid_shares
 from benchmarks.levels import rates
 from benchmarks.text import Judge, distinct, entropy
@@ -81,20 +80,6 @@ def test_every_script_prints_its_tables(script, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("# ") and f"`python -m benchmarks.{script}" in done.stdout and "|---|" in done.stdout
-
-
-def test_compute_gap_is_read_off_the_reference_at_equal_bits():
-    def row(positions, bits, system="autoregressive", corpus="text", settings=()):
-        bits = {"0": {"bits_per_byte": bits}}
-        return {"system": system, "corpus": corpus, "set": settings, "positions": positions, "bits": bits}
-
-    rows = [row(100, 4.0), row(400, 2.0), row(400, 3.0), row(800, 2.5), row(50, 1.0, "ours"), row(50, 1.0, corpus="-")]
-    rows += [row(50, 1.0, settings=["lr=1"]), row(200, 2.0, "autoregressive, shift")]
-    curve = autoregressive_curve(rows, "text")
-    assert curve == [(100, 4.0), (400, 2.0)]  # the best of equal budgets; more compute that did not help is left out
-    assert autoregressive_curve(rows, "text", "autoregressive, shift") == [(200, 2.0)]
-    assert compute_gap(600, 3.0, curve) == "3.0"  # between 100 and 400, in the logarithm: at 200
-    assert compute_gap(600, 4.5, curve) == "> 6.0" and compute_gap(600, 1.5, curve) == "< 1.5"
 
 
 def test_word_salad_and_repetition_are_told_from_text():
