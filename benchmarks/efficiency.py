@@ -6,8 +6,8 @@ Both rates are measured in one process, taking turns; each model has a process o
 trainer's own (DeepSpeed engine, stage 0, fp32, AdamW, clipping, one moving average) on full images. Its operations are
 those of `ds_tokimg.model.flops`: the matrix products of the model's definition, 2 per multiply-add, forward plus
 backward;
-nothing that an implementation adds to them, and nothing for norms, softmax or the optimiser. `default recipe` is that
-of `launch/train.sh`: small micro-batches, from left to right.
+nothing that an implementation adds to them, and nothing for norms, softmax or the optimiser. A recipe is measured
+with the train batch that it has for a small corpus.
 """
 
 import argparse
@@ -20,19 +20,20 @@ import torch
 from benchmarks import ROOT
 from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of
+from ds_tokimg import recipes
 from ds_tokimg.model.flops import train_flops
+from ds_tokimg.settings.command_line import recipe_values
 from ds_tokimg.settings.config import TrainConfig
 
 SIZE = 2048  # of the square matrices that the step is compared with
 #        name, images a batch, tokens an image
-MODELS = (("JiT-B/4", 4, 4096), ("JiT-XS/2", 16, 256), ("default recipe", 2, 256))
-RECIPE = {"model": "JiT-XS/2", "token_size": 2, "block_size": 1, "noisy_depth": 1, "timesteps": "noisy"}
+MODELS = (("JiT-B/4", 4, 4096), ("JiT-XS/2", 16, 256), ("left-to-right", 2, 256))
 TARGETS = {"JiT-B/4": "≥ 0.8", "JiT-XS/2": "≥ 0.5"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="one model (or 'default recipe') instead of the three")
+    parser.add_argument("--model", help="one model or recipe instead of the three")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=9)
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def print_share(name: str, batch: int, tokens: int, repetitions: int) -> None:
-    options = RECIPE if name == "default recipe" else {"model": name}
+    options = recipe_values(name) if name in recipes.names() else {"model": name}
     config = TrainConfig(data_path="-", batch_size=batch, **options)
     engine = engine_of(config)
     micro_batch = batch_of(engine.module, config, [tokens] * batch)

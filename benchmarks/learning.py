@@ -1,9 +1,11 @@
-"""Bits per byte of held-out text for the compute spent: the trainer's recipe, its ablations, and honest references.
+"""Bits per byte of held-out text for the compute spent: recipes, their ablations, and honest references.
 
-    python -m benchmarks.learning --system ours --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
+    python -m benchmarks.learning --system at-once --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
 
-Corpora: the bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text. Another
-tokenizer makes another corpus of it (bits per byte compare, bits per token do not).
+Systems: the recipes of ds_tokimg/recipes by their names, and references on the same texts. (Rows called `ours` and
+`plain` are of the recipes `left-to-right` and, but for some settings, `at-once`, before they were files.) Corpora: the
+bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text. Another tokenizer
+makes another corpus of it (bits per byte compare, bits per token do not).
 
 Every run adds a line to benchmarks/learning.jsonl, from which `python -m benchmarks.tables` makes the pages. All
 systems share layers, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward
@@ -27,6 +29,7 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.references import Autoregressive, MaskedDiffusion, bits
+from ds_tokimg import recipes
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine.allocator import keep_freed_memory
 from ds_tokimg.engine.optimizer import average_key, build_optimizer
@@ -35,36 +38,17 @@ from ds_tokimg.inference.sampler import SamplingOptions, sample
 from ds_tokimg.model.config import SIZES
 from ds_tokimg.model.heads.base import draws_in_one_step
 from ds_tokimg.model.heads.tree import TreeHead
+from ds_tokimg.settings.command_line import recipe_values
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import assemble
+from ds_tokimg.training.automatic import peak_learning_rate
 from ds_tokimg.training.bound import bound_of
 
-# The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
-RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}
-RECIPE |= {"token_size": 2, "block_size": 1, "timesteps": "noisy", "noisy_depth": 1}
-# All patches at once, four tokens each.
-PLAIN = {"token_size": 1, "block_size": 0, "noisy_depth": 0, "timesteps": "band"}
-REFERENCE = PLAIN | {
-    "head": "linear",
-    "objective": "mse",
-    "timesteps": "uniform",
-    "radix": 256,
-    "layout": "raster",
-    "patch_noise": 0.0,
-    "palette": "id",
-}
-SYSTEMS = {
-    "ours": {},
-    "plain": PLAIN,
-    "reference": REFERENCE,
-    "repaired": REFERENCE | {"radix": None, "timesteps": "band", "layout": "patch"},
-    "autoregressive": {},
-    "autoregressive, shift": {},
-    "masked": {},
-    "masked, shift": {},
-}
+# The reference system with its first three mistakes put right.
+REPAIRED = {"radix": None, "timesteps": "band", "layout": "patch"}
+REFERENCES = ("autoregressive", "autoregressive, shift", "masked", "masked, shift")
+SYSTEMS = (*recipes.names(), "repaired", *REFERENCES)
 EMA_DECAY = 0.9999
-LEARNING_RATE = 3e-3
 RESULTS = ROOT / "benchmarks" / "learning.jsonl"
 
 
@@ -80,6 +64,13 @@ def corpus_settings(name: str, folder: str) -> dict:
         corpus.writelines(json.dumps({"text": file.read_text(errors="replace")}) + "\n" for file in files)
     # As many held-out tokens as in the other corpus, for the same time and error.
     return {"data_path": str(path), "eval_fraction": 0.02}
+
+
+def settings_of(system: str) -> dict:
+    """The settings of a recipe. References take texts and sizes from the recipe that is nearest to them."""
+    if system in recipes.names():
+        return recipe_values(system)
+    return recipe_values("reference") | REPAIRED if system == "repaired" else recipe_values("left-to-right")
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -114,8 +105,6 @@ class Ours:
         if self.module.model.neighbours is not None:
             per_token = _parameters(self.module.model.neighbours) + _parameters(self.module.model.token_mlp)
             computed += batch["ids"].numel() * per_token / _parameters(blocks)
-        if "self_condition" in batch:
-            computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed
 
     def write(self, count: int, length: int, steps: int | None, eta: float) -> list[list[int]]:
@@ -140,7 +129,7 @@ class Reference:
     """An autoregressive or masked model on the same texts."""
 
     def __init__(self, parts, config: TrainConfig, kind: Callable):
-        self.parts, self.maker = parts, parts.batch_maker
+        self.parts, self.config, self.maker = parts, config, parts.batch_maker
         depth, width, heads = SIZES[config.model.removeprefix("JiT-").split("/")[0]]
         vocab_size, eos = parts.layout.codec.vocab_size, parts.tokenizer.eos_token_id
         self.module = kind(vocab_size, eos, (depth, width, heads))
@@ -172,7 +161,7 @@ def prepare(arguments):
     extra = dict(item.split("=", 1) for item in arguments.set)
     extra = {name: _value(value) for name, value in extra.items()}
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    settings = RECIPE | SYSTEMS[arguments.system] | {k: v for k, v in extra.items() if k in fields}
+    settings = settings_of(arguments.system) | {k: v for k, v in extra.items() if k in fields}
     settings["tokenizer_path"] = arguments.tokenizer
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(seed=arguments.seed, **settings | corpus_settings(arguments.corpus, folder))
@@ -201,7 +190,7 @@ def train(system, arguments) -> dict:
     """Spends the budget and measures: bits of the averaged weights, tokens, seconds, positions."""
     settings = {"lr": arguments.lr, "betas": [0.9, 0.95], "weight_decay": 0.01}
     block = {"type": arguments.optimizer, "params": settings}
-    optimizer = build_optimizer(list(system.module.parameters()), block, [EMA_DECAY])
+    optimizer = build_optimizer(list(system.module.parameters()), block, EMA_DECAY)
     sampler = TrainBatchSampler(system.parts.train_set.lengths, arguments.batch, arguments.seed)
     module, step, positions, tokens, begun, losses = system.module, 0, 0.0, 0, time.perf_counter(), []
     steps = None
@@ -253,19 +242,19 @@ def write_texts(system, arguments) -> None:
     for steps in arguments.steps or [None]:
         begun = time.perf_counter()
         name = arguments.system if steps is None else f"{arguments.system}, {steps} steps"
-        save(name, system.write(arguments.texts, RECIPE["max_tokens"], steps, arguments.eta))
+        save(name, system.write(arguments.texts, system.config.max_tokens, steps, arguments.eta))
         print(f"{name}: {arguments.texts} texts in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--system", choices=SYSTEMS, default="ours")
+    add("--system", choices=SYSTEMS, default=recipes.DEFAULT)
     add("--corpus", choices=["web_narrative", "python"], default="web_narrative")
     add("--tokenizer", metavar="DIR", help="a tokenizer to load (default: one of 1,024 ids, trained on the corpus)")
     add("--positions", type=float, default=1e6)
     add("--batch", type=int, default=16)
-    add("--lr", type=float, default=LEARNING_RATE)
+    add("--lr", type=float, help="the peak (default: that of the recipe for the model's width)")
     add("--optimizer", choices=["AdamW", "Muon"], default="AdamW", help="of the trainer")
     add("--weights", choices=["ema", "trained"], default="ema", help="which ones are measured")
     add("--seed", type=int, default=0)
@@ -280,6 +269,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     system = prepare(arguments)
+    arguments.lr = arguments.lr or peak_learning_rate(system.config)
     corpus = arguments.corpus + (f", {Path(arguments.tokenizer).name}" if arguments.tokenizer else "")
     row = {"system": arguments.system, "corpus": corpus, "set": arguments.set}
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}

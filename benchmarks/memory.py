@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import ROOT
 from ds_tokimg.settings import engine_json
-from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.command_line import train_config
 from tests.support.distributed import run_ranks
 
 STEPS = 2
@@ -99,7 +99,7 @@ def forecast(dist, arguments: list[str], ranks: int) -> dict:
     from ds_tokimg.training.forecast import make_plan
 
     machine = engine_json.Machine(ranks, "cpu", bf16=False, fp16=False)
-    return make_plan(TrainConfig.from_args(arguments), settings_of(0), machine)
+    return make_plan(train_config(arguments), settings_of(0), machine)
 
 
 def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
@@ -113,7 +113,7 @@ def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
         keep_freed_memory()
     else:
         return_freed_memory()
-    config = TrainConfig.from_args(arguments)
+    config = train_config(arguments)
     parts = assemble(config, dist, None)
     settings, _ = engine_json.resolve(settings_of(stage), config, machine_capabilities(), parts.steps_per_epoch)
     batch = longest_batch(parts, settings["train_micro_batch_size_per_gpu"])

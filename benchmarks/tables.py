@@ -19,6 +19,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class Row:
     @property
     def teraflops(self) -> float:
         """TFLOP of training, for rows of a recipe or reference."""
-        return self.tokens * MEGAFLOPS[self.recipe] / 1e6
+        return self.tokens * MEGAFLOPS[self.recipe or ""] / 1e6
 
 
 def read_rows() -> list[Row]:
@@ -248,11 +249,14 @@ class Trial:
     more: dict = field(default_factory=dict)  # values of other fields of the row
 
 
-_BEFORE = {"note": "no token MLP", "version": "without token MLP and turns"}
-_FIRST = {"note": "first version, no token MLP", "version": "without token MLP and turns, first version"}
-_EARLIER = {"version": "without token MLP and turns"}
-_RUNS_OF_4 = {"note": "runs of 4, to 0.4", "version": "turns in runs of 4, walk to 0.4"}
-_STEPS = {"path": "0"}
+_BEFORE: dict[str, Any] = {"note": "no token MLP", "version": "without token MLP and turns"}
+_FIRST: dict[str, Any] = {
+    "note": "first version, no token MLP",
+    "version": "without token MLP and turns, first version",
+}
+_EARLIER: dict[str, Any] = {"version": "without token MLP and turns"}
+_RUNS_OF_4: dict[str, Any] = {"note": "runs of 4, to 0.4", "version": "turns in runs of 4, walk to 0.4"}
+_STEPS: dict[str, Any] = {"path": "0"}
 AT_ONCE_TRIALS = {
     "tokens in turn and how they are written": [
         Trial("the recipe: peak rate 6e-3, timesteps `entropic`, tokens drawn in turn", "timesteps=entropic", 6e-3),
@@ -294,7 +298,7 @@ AT_ONCE_TRIALS = {
         Trial("self-conditioning in half of the samples", "self_conditioning=0.5 neighbours=0", **_EARLIER),
     ],
 }
-_AT_FULL_COST = {"version": "the last layer computed all of the clean patches"}
+_AT_FULL_COST: dict[str, Any] = {"version": "the last layer computed all of the clean patches"}
 LEFT_TO_RIGHT_TRIALS = {
     "the recipe": [
         Trial("peak rate 3e-3, timesteps `noisy`, `noisy_depth` 1, drawn in one step", ""),

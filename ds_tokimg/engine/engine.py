@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_tokimg.engine import checkpoint
-from ds_tokimg.engine.optimizer import AveragedMuon, average_key, build_optimizer
+from ds_tokimg.engine.optimizer import AveragedMuon, build_optimizer
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import Shards
 from ds_tokimg.errors import TrainingError
@@ -53,7 +54,7 @@ PARTITION_SETTINGS = (
 CHECKPOINT_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def _member(enumeration: type, name: str) -> ZeroStageEnum:
+def _member(enumeration: Any, name: str) -> ZeroStageEnum:
     """What early releases of Python 3.11 write down for a member of an enumeration: getattr(enumeration, name)."""
     if enumeration is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
         raise pickle.UnpicklingError(f"{name!r} of {enumeration!r} does not belong into a checkpoint")
@@ -157,16 +158,16 @@ class TrainEngine:
         module: `module(batch) -> {"loss_sum": scalar with gradient, float32, ...}` (other values are detached sums),
             and `module.count(batch) -> int`, the valid pixels of a micro-batch.
         ds_config: the DeepSpeed JSON, resolved (no "auto" left).
-        ema_decay: decays of the weights' moving averages, none or more.
+        ema_decay: of the weights' moving average, in (0, 1); 0: none is kept.
         dist: of `init_distributed`.
     """
 
     read_file = staticmethod(read_engine_file)  # for elastic.py, which does not import deepspeed
 
-    def __init__(self, module: nn.Module, ds_config: dict, ema_decay: list[float], dist: Dist):
+    def __init__(self, module: nn.Module, ds_config: dict, ema_decay: float, dist: Dist):
         self.dist = dist
         self.ds_config = ds_config
-        self.ema_decay = list(ema_decay)
+        self.ema_decay = ema_decay
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = float(ds_config.get("gradient_clipping", DEEPSPEED_CLIPS_AT))
         self.stop_requested = False
@@ -191,6 +192,11 @@ class TrainEngine:
         config = copy.deepcopy(self.ds_config)
         config.pop("optimizer")  # it would be overruled by ours without a word
         config["zero_allow_untested_optimizer"] = True
+        # Ranks may share a train batch unevenly; DeepSpeed wants whole micro-batches, and only counts samples with it.
+        micro_batch, accumulation = (
+            config[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        )
+        config["train_batch_size"] = micro_batch * accumulation * self.dist.world_size
         if self.stage == 1 and self.dist.device.type == "cpu":
             # Without this DeepSpeed copies each gradient to a buffer and back before it is reduced.
             config["zero_optimization"].setdefault("contiguous_gradients", False)
@@ -206,8 +212,9 @@ class TrainEngine:
                 scheduler.step()
 
     @property
-    def module(self) -> nn.Module:
-        """The module itself, for validation (under ZeRO-3 all ranks must run the same forwards)."""
+    def module(self) -> Any:
+        """The module itself, an nn.Module with `count`, for validation (under ZeRO-3 all ranks must run the same
+        forwards)."""
         return self.engine.module
 
     @property
@@ -290,6 +297,7 @@ class TrainEngine:
             if self.stage == 0 and index == len(micro_batches) - 1:
                 self._check_gradients()
             self.engine.step()
+        assert totals is not None  # the engine accumulates one micro-batch or more
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(totals)
         return StepResult(
@@ -320,7 +328,7 @@ class TrainEngine:
         for p in params:
             if p.grad is None:  # no micro-batch used it; it decays all the same, as it does under ZeRO
                 p.grad = torch.zeros_like(p)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         self.optimizer._global_grad_norm = norm
         self.optimizer.overflow = not bool(torch.isfinite(norm))
         if self.optimizer.overflow:
@@ -339,16 +347,13 @@ class TrainEngine:
             )
 
     @contextlib.contextmanager
-    def averaged_weights(self, decay: float | None = None) -> Iterator[None]:
-        """Averaged weights in the module (of `decay`, default the first), the trained ones again afterwards, bit for
-        bit. Collective. Without averages, or before the first step, the trained weights stay in place."""
-        if not self.ema_decay:
+    def averaged_weights(self) -> Iterator[None]:
+        """Averaged weights in the module, the trained ones again afterwards, bit for bit. Collective. Without an
+        average, or before the first step, the trained weights stay in place."""
+        if self.optimizer.average is None:
             yield
             return
-        key = average_key(self.ema_decay[0] if decay is None else decay)
-        if key not in self.optimizer.averages:
-            raise ValueError(f"no average of decay {decay}; available: {self.ema_decay}")
-        with self.shards.swapped(key):
+        with self.shards.swapped(self.optimizer.average):
             yield
 
     def save(self, output_dir: str | Path, state: dict, *, best: bool = False, keep: int = 3) -> Path:

@@ -32,7 +32,7 @@ from ds_tokimg.training.objective import TrainingLoss
 class Parts:
     """Everything of a run but the engine."""
 
-    tokenizer: object
+    tokenizer: tokenizers.Tokenizer
     text_format: TextFormat
     layout: PatchLayout
     train_set: TokenImageDataset
@@ -75,7 +75,6 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
         config.seed,
         patch_noise=config.patch_noise,
         condition_drop=config.condition_drop if config.enable_condition else None,
-        self_conditioning=config.self_conditioning,
         block_size=config.block_size,
         canvas=text_format.canvas,
         eos_id=text_format.eos_id,
@@ -159,8 +158,6 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
             config.head,
             posterior=config.posterior,
             layout=config.layout,
-            positions=config.positions,
-            self_conditioning=config.self_conditioning > 0,
             noisy_depth=config.noisy_depth,
             neighbours=config.neighbours,
             in_turn=None if config.in_turn is None else config.in_turn > 0,
@@ -199,6 +196,6 @@ def _load_initial(model: JiT, start, source: str) -> None:
     if wrong or set(theirs) - set(ours):
         raise UserError(
             f"--init_from {source} holds another model ({wrong[0] if wrong else 'more weights'} differs): "
-            "use the same --model, --head, --posterior, --self_conditioning, --noisy_depth and --neighbours"
+            "use the same --model, --head, --posterior, --noisy_depth and --neighbours"
         )
     model.load_state_dict(theirs)

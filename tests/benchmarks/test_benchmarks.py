@@ -109,7 +109,7 @@ def test_the_levels_of_an_untrained_model_add_up_to_the_whole_vocabulary(block_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "optimizer"), [("ours", "Muon"), ("autoregressive", "AdamW")])
+@pytest.mark.parametrize(("system", "optimizer"), [("left-to-right", "Muon"), ("autoregressive", "AdamW")])
 def test_learning_trains_measures_and_writes_texts(system, optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "RESULTS", tmp_path / "rows.jsonl")
     flags = ["--system", system, "--positions", "4000", "--batch", "2", "--levels", "1", "--texts", "2"]
@@ -117,7 +117,7 @@ def test_learning_trains_measures_and_writes_texts(system, optimizer, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["benchmarks.learning", *flags, "--write", str(tmp_path / "texts")])
     learning.main()
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert set(row["bits"]) == ({"1", "1, one step"} if system == "ours" else {"0"})
+    assert set(row["bits"]) == ({"1", "1, one step"} if system == "left-to-right" else {"0"})
     assert all(5 < figures["bits_per_token"] < 11 for figures in row["bits"].values())
     assert row["positions"] == pytest.approx(4000, rel=0.3)
     written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "texts").iterdir()}

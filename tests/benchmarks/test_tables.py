@@ -56,9 +56,9 @@ def test_every_table_has_a_page_and_every_page_its_tables():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system, recipe", [("ours", "left-to-right"), ("plain", "at-once")])
-def test_operations_a_token_are_those_that_are_counted(system, recipe):
-    options = {"system": system, "set": [], "tokenizer": None, "corpus": "web_narrative", "seed": 0}
+@pytest.mark.parametrize("recipe", ["left-to-right", "at-once"])
+def test_operations_a_token_are_those_that_are_counted(recipe):
+    options = {"system": recipe, "set": [], "tokenizer": None, "corpus": "web_narrative", "seed": 0}
     trained = learning.prepare(SimpleNamespace(**options))
     texts = trained.parts.train_set
     batch = trained.maker(texts, np.arange(2), np.arange(2), 0)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ds_tokimg.__main__ import main
 from ds_tokimg.errors import UserError
+from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import assemble
 from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
@@ -218,8 +219,8 @@ def test_fine_tuning_starts_from_the_weights_tokenizer_and_codec_of_a_checkpoint
         torch.testing.assert_close(after.model.state_dict()[name], value, atol=1e-7, rtol=0)
 
 
-def test_self_conditioning_and_semantic_palette(corpus, tmp_path):
-    flags = small_flags(corpus, tmp_path / "run", "--self_conditioning", 0.5, "--palette", "semantic", "--max_steps", 2)
+def test_semantic_palette(corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", "--palette", "semantic", "--max_steps", 2)
     train_in_ranks(2, flags)
     train_in_ranks(
         1, ["--resume", "latest", "--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--num_samples", "0"]
@@ -309,7 +310,7 @@ def test_compiled_blocks_train_the_same(run, corpus, tmp_path):
 
 def test_compiling_without_a_compiler_is_a_users_mistake(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config = TrainConfig.from_args(small_flags(corpus, tmp_path / "run", "--compile"))
+    config = train_config(small_flags(corpus, tmp_path / "run", "--compile"))
     with pytest.raises(UserError, match="no-such-compiler"):
         assemble(config, AloneOnCpu(), None)
 
@@ -332,7 +333,7 @@ def test_a_run_never_writes_into_another(run, corpus):
 
 def test_a_resumed_run_cannot_become_another(run):
     with pytest.raises(UserError, match=r"--model is 'JiT-S/4', the run has 'JiT-XS/4'"):
-        TrainConfig.from_args(["--resume", "--output_dir", str(run[0]), "--model", "JiT-S/4"])
+        train_config(["--resume", "--output_dir", str(run[0]), "--model", "JiT-S/4"])
 
 
 def test_resuming_with_another_tokenizer_is_refused(run, tmp_path, shared_tokenizers):
