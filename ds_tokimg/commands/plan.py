@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_tokimg.errors import UserError
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser(argv: list[str]) -> Parser:
+def _parser(argv: Sequence[str] = ()) -> Parser:
     parser = build_parser("plan", "Show what a training run would do and need, without training.", argv)
     group = parser.add_argument_group("plan")
     group.add_argument("--world_size", type=int, metavar="N", help="ranks of the run (default: 1)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_tokimg import recipes
@@ -40,7 +41,7 @@ def train_config(argv: list[str]) -> TrainConfig:
     return parse(build_parser("train", "Train a language model that writes in pixels.", argv), argv)[0]
 
 
-def build_parser(command: str, description: str, argv: list[str]) -> Parser:
+def build_parser(command: str, description: str, argv: Sequence[str] = ()) -> Parser:
     """A parser of every setting, to which a command may add flags of its own. The help shows the values of the recipe
     that `argv` names; flags that a recipe fixes are shown by --help-all alone."""
     usage = f"ds_tokimg {command} --data_path PATH [flags]"
@@ -80,7 +81,7 @@ def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namesp
     return config, arguments
 
 
-def _recipe_in(argv: list[str]) -> str:
+def _recipe_in(argv: Sequence[str]) -> str:
     """The recipe that a command line names; its other flags are not looked at."""
     peek = Parser(add_help=False, allow_abbrev=False)
     peek.add_argument("--recipe", type=path, default=recipes.DEFAULT)

@@ -126,7 +126,11 @@ class RunSettings:
         resume=FIXED,
         in_recipe=False,
     )
-    epochs: int | None = setting(None, "passes over the data; they fix the length of the schedule", COUNT)
+    epochs: int | None = setting(
+        None,
+        "passes over the data, which fix the length of the schedule (not given: it follows from the corpus)",
+        COUNT,
+    )
     max_steps: int | None = _launch(None, "end after this many optimiser steps, without changing the schedule", COUNT)
     output_dir: str = _launch("runs/default", "folder of the run", is_path=True)
     resume: str | None = _launch(
@@ -151,11 +155,13 @@ class RunSettings:
 class EngineSettings:
     """Values that the engine's JSON leaves "auto", and what they follow from where nothing fills them."""
 
-    train_batch_size: int | None = setting(None, "texts per optimiser step over all ranks", COUNT, resume=LAUNCH)
+    train_batch_size: int | None = setting(
+        None, "texts per optimiser step over all ranks (not given: it follows from the corpus)", COUNT, resume=LAUNCH
+    )
     batch_size: int | None = _launch(None, "micro-batch: texts per rank and forward pass", COUNT)
     gradient_accumulation_steps: int | None = _launch(None, "micro-batches per optimiser step", COUNT)
     max_grad_norm: float | None = setting(None, f"gradient clipping (default {DEFAULT_MAX_GRAD_NORM})", CLIPPING)
-    lr: float | None = setting(None, "peak learning rate", POSITIVE)
+    lr: float | None = setting(None, "peak learning rate (not given: it follows from recipe and model)", POSITIVE)
     use_amp: bool | None = setting(None, "half precision, on a CPU too (not given: only on a GPU)")
     lr_at_width_192: float = setting(
         3e-3, "peak learning rate of a model 192 wide; that of others follows", POSITIVE, of_recipe=True
@@ -164,7 +170,7 @@ class EngineSettings:
     wanted_steps: int = setting(
         1000, "optimiser steps for which a small corpus is read more than once", COUNT, of_recipe=True
     )
-    most_epochs: int = setting(20, "how often it is read at most", COUNT, of_recipe=True)
+    most_epochs: int = setting(8, "how often it is read at most", COUNT, of_recipe=True)
 
 
 # The sections of a recipe, and the titles under which the help lists their flags.
@@ -197,10 +203,11 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
             return wrong_types  # values of a wrong type cannot be compared
         return [*self._each(fields, value_problem), *self._image_problems(), *self._contradictions()]
 
-    def part(self, group: type):
-        """The settings of one group (or of any dataclass all of whose fields are settings), as an object of their
-        own."""
-        return group(**{field.name: getattr(self, field.name) for field in dataclasses.fields(group)})
+    def part(self, kind: type, **more):
+        """An object of a dataclass, one of the groups or another: what `more` does not give is as the settings of the
+        same names, and as its own defaults where there are none."""
+        shared = {field.name for field in dataclasses.fields(kind)} & self.__dataclass_fields__.keys()
+        return kind(**{name: getattr(self, name) for name in shared} | more)
 
     @property
     def patch_size(self) -> int:

@@ -19,6 +19,7 @@ from ds_tokimg.data.order import steps_per_epoch
 from ds_tokimg.data.text_format import TextFormat, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.model.config import JiTConfig, config_of_name
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
@@ -151,18 +152,10 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
     """Model and objective with the run's initial weights, the same on every rank."""
     torch.manual_seed(config.seed)
     try:
-        model = JiT.from_name(
-            config.model,
-            codec,
-            config.img_size,
-            config.head,
-            posterior=config.posterior,
-            layout=config.layout,
-            noisy_depth=config.noisy_depth,
-            neighbours=config.neighbours,
-            in_turn=None if config.in_turn is None else config.in_turn > 0,
-            activation_checkpointing=config.activation_checkpointing,
-        )
+        size = config_of_name(config.model)
+        in_turn = None if config.in_turn is None else config.in_turn > 0
+        shape = {"depth": size.depth, "width": size.width, "heads": size.heads, "patch_size": size.patch_size}
+        model = JiT(codec, config.part(JiTConfig, in_turn=in_turn, **shape))
     except ValueError as error:
         raise UserError(str(error)) from None
     if start is not None:

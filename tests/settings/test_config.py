@@ -29,6 +29,17 @@ def test_a_group_of_settings_is_taken_as_one():
     assert config.part(DataSettings) == DataSettings(data_path="x", packing=False)
 
 
+def test_another_dataclass_takes_the_settings_that_it_names():
+    @dataclasses.dataclass
+    class Other:
+        seed: int
+        width: int
+        packing: bool
+        depth: int = 2
+
+    assert TrainConfig(data_path="x", seed=3).part(Other, width=5, packing=None) == Other(3, 5, None, 2)
+
+
 def test_capacity_and_patch():
     config = TrainConfig(data_path="x", model="JiT-B/8", img_size=64, token_size=2)
     assert (config.patch_size, config.capacity) == (8, 1024)
