@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prompts and answers: sums of two numbers below 100. A fifth of them is kept out of training, and asked at the end.
+# Prompts and answers: sums of two numbers below 100. A fifth of them is kept out of training; 200 of these are asked.
 #
 #   bash examples/prompts_and_answers.sh [FOLDER] [train flag ...]
 #
@@ -15,7 +15,7 @@ import json, pathlib, random, sys
 folder, pairs = pathlib.Path(sys.argv[1]), [(a, b) for a in range(100) for b in range(100)]
 random.Random(0).shuffle(pairs)
 records = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
-for name, part in (("train", records[:8000]), ("held_out", records[8000:])):
+for name, part in (("train", records[:8000]), ("held_out", records[8000:8200])):
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
 (folder / "prompts.txt").write_text("".join(record["prompt"] + "\n" for record in records[8000:8200]))
 PYTHON

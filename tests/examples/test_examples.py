@@ -55,6 +55,6 @@ def test_own_texts(call, tmp_path):
 
 @pytest.mark.slow
 def test_prompts_and_answers(call, tmp_path):
-    short = "--max_steps 2 --train_batch_size 8 --eval_fraction 0.002"
+    short = "--max_steps 2 --train_batch_size 8"
     printed = call(f"bash examples/prompts_and_answers.sh {tmp_path / 'sums'} {short}")
     assert re.search(r"\d+ of 200 held-out sums are right", printed)
