@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
-
-from benchmarks.timing import ROOT
-
-sys.path.insert(0, str(ROOT))
 
 from ds_tokimg.data.batch import Batch, BatchMaker, BatchPacker, Draws
 from ds_tokimg.engine.allocator import keep_freed_memory
@@ -27,7 +22,7 @@ from ds_tokimg.training.objective import TrainingLoss
 class Texts:
     """Random tokens in the shape of a data set without prompts."""
 
-    def __init__(self, vocab_size: int, lengths: Sequence[int]):
+    def __init__(self, vocab_size: int, lengths: Sequence[int] | np.ndarray):
         rng = np.random.default_rng(0)
         self.lengths = np.asarray(lengths, dtype=np.int32)
         self.texts = [rng.integers(0, vocab_size, n) for n in lengths]

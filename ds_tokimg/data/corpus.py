@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
 
-def _array(column) -> np.ndarray:
+def _array(column: Any) -> np.ndarray:
     """An Arrow column's numbers where they are. (`to_numpy` would import pandas first.)"""
     return np.from_dlpack(column)
 
@@ -69,7 +70,7 @@ class Corpus:
     lengths, prompt_lengths: int32 [documents].
     """
 
-    def __init__(self, batches: list):
+    def __init__(self, batches: list[Any]):
         self._batches = batches
         self.tokens, self.lengths = self._texts("ids")
         self.prompts, self.prompt_lengths = self._texts("prompt_ids")
@@ -110,7 +111,7 @@ class Corpus:
 
 def load_corpus(
     data_path: str | Path,
-    tokenizer,
+    tokenizer: tokenizers.Tokenizer,
     *,
     use_chat_template: bool = False,
     enable_condition: bool = False,
@@ -179,7 +180,7 @@ class _Settings:
     enable_condition: bool
 
 
-def _cache_key(source: Source, tokenizer, settings: _Settings) -> str:
+def _cache_key(source: Source, tokenizer: tokenizers.Tokenizer, settings: _Settings) -> str:
     parts = [_FORMAT_VERSION, source.fingerprint, tokenizers.fingerprint(tokenizer)]
     parts += [settings.enable_condition, tokenizer.chat_template if settings.use_chat_template else None]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
@@ -190,10 +191,10 @@ class _Tokenise:
     """Tokenises one group of spans; `datasets` sends copies of it to its workers."""
 
     source: Source
-    tokenizer: object
+    tokenizer: tokenizers.Tokenizer
     settings: _Settings
 
-    def __call__(self, table):
+    def __call__(self, table: Any) -> Any:
         """An Arrow table with one row, `group` -> the group's documents, a row each."""
         import pyarrow as pa
 
@@ -230,7 +231,7 @@ def _end_each(ids: np.ndarray, lengths: np.ndarray, eos: int) -> tuple[np.ndarra
     return np.insert(ids, np.cumsum(lengths), eos).astype(np.int32), lengths + 1
 
 
-def _list_array(values: np.ndarray, lengths: np.ndarray):
+def _list_array(values: np.ndarray, lengths: np.ndarray) -> Any:
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -245,7 +246,7 @@ def _hashes(records: list[Record]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _writing_to(root: Path):
+def _writing_to(root: Path) -> Iterator[None]:
     """Turns a full disk or a read-only folder into a message that names it."""
     try:
         yield
@@ -306,7 +307,7 @@ def _map(source: Source, tokenise: _Tokenise, folder: Path, num_proc: int) -> in
 
 
 @contextlib.contextmanager
-def _quiet_progress(datasets, megabytes: float):
+def _quiet_progress(datasets: Any, megabytes: float) -> Iterator[None]:
     """No progress bar where nobody watches it, or where it would be over at once."""
     hide = not sys.stderr.isatty() or megabytes < 5
     shown = not datasets.are_progress_bars_disabled()
@@ -320,7 +321,7 @@ def _quiet_progress(datasets, megabytes: float):
 
 
 @contextlib.contextmanager
-def _one_thread_each(num_proc: int):
+def _one_thread_each(num_proc: int) -> Iterator[None]:
     """With several processes one Rust thread each: threads do not survive a fork, and no core is idle."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"

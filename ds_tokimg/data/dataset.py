@@ -7,21 +7,23 @@ stretches begin. Nothing is read before it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ds_tokimg.data.corpus import Corpus, load_corpus
 from ds_tokimg.errors import UserError
 from ds_tokimg.tokens.codec import TokenCodec, check_geometry
-from ds_tokimg.tokens.tokenizer import ensure_special_tokens, vocab_size
+from ds_tokimg.tokens.tokenizer import Tokenizer, ensure_special_tokens, vocab_size
 
 SPLITS = ("all", "train", "eval")
 
 _PIECE = 1 << 20
 
 
-class TokenImageDataset(torch.utils.data.Dataset):
+class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Texts as images [3, H, W] in [-1, 1] with a mask [H, W] that is 1 where a token stands.
 
     Every document ends in EOS, which is scored like any token. With `packing` documents follow each other
@@ -51,22 +53,22 @@ class TokenImageDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        data_path,
-        tokenizer,
+        data_path: str | Path,
+        tokenizer: Tokenizer,
         img_size: int = 64,
         use_chat_template: bool = False,
         max_tokens: int | None = None,
         *,
         token_size: int = 1,
         radix: int | None = None,
-        palette=None,
+        palette: ArrayLike | torch.Tensor | None = None,
         layout: str = "patch",
         patch_size: int = 4,
         packing: bool = True,
         enable_condition: bool = False,
         split: str = "all",
         eval_fraction: float = 0.05,
-        cache_dir=None,
+        cache_dir: str | Path | None = None,
         num_proc: int | None = None,
     ):
         tokenizer = ensure_special_tokens(tokenizer)
@@ -121,7 +123,7 @@ class TokenImageDataset(torch.utils.data.Dataset):
         if not self.enable_condition:
             return documents, len(documents)
         prompted = self.corpus.prompt_lengths[documents] > 0
-        return np.concatenate([documents[~prompted], documents[prompted]]), np.count_nonzero(~prompted)
+        return np.concatenate([documents[~prompted], documents[prompted]]), int(np.count_nonzero(~prompted))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1

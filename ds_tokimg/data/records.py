@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ds_tokimg.errors import UserError
 
@@ -120,7 +120,7 @@ def _group(spans: list[tuple[Span, int]]) -> list[list[Span]]:
     return groups
 
 
-def _digest(parts) -> str:
+def _digest(parts: list[Any]) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -230,7 +230,7 @@ def _line_of_item(text: str, index: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def to_record(item) -> Record:
+def to_record(item: Any) -> Record:
     """A parsed JSON value or table row -> text or (prompt, answer). Raises ValueError with what is wrong."""
     if isinstance(item, str):
         return _checked("a record", item)
@@ -250,7 +250,7 @@ def to_record(item) -> Record:
     raise ValueError(f"{FORMAT_HELP}; this one has the keys: {keys}")
 
 
-def _checked(name: str, value) -> str:
+def _checked(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f'"{name}" must be a string, not {_kind(value)}')
     if not value.isascii():
@@ -261,7 +261,7 @@ def _checked(name: str, value) -> str:
     return value
 
 
-def _kind(value) -> str:
+def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
@@ -275,7 +275,7 @@ def _is_blank(record: Record) -> bool:
 # ---- tables ----
 
 
-def _open_parquet(path: str):
+def _open_parquet(path: str) -> Any:
     from pyarrow import parquet
 
     with _parquet_errors(path):
@@ -285,7 +285,7 @@ def _open_parquet(path: str):
 
 
 @contextlib.contextmanager
-def _parquet_errors(path: str):
+def _parquet_errors(path: str) -> Iterator[None]:
     import pyarrow
 
     try:
@@ -308,14 +308,14 @@ def _read_parquet(span: Span) -> list[Record]:
     return _rows_to_records(span.path, rows, first)
 
 
-def _read_rows(span: Span, dataset) -> list[Record]:
+def _read_rows(span: Span, dataset: Any) -> list[Record]:
     columns = [name for name in FIELDS if name in dataset.column_names]
     batch = dataset.select_columns(columns)[span.start : span.stop]
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
     return _rows_to_records(span.path, rows, span.start)
 
 
-def _rows_to_records(name: str, rows: list[dict], first: int) -> list[Record]:
+def _rows_to_records(name: str, rows: list[dict[str, Any]], first: int) -> list[Record]:
     records = []
     for i, row in enumerate(rows):
         if all(value is None for value in row.values()):

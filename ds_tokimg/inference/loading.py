@@ -30,7 +30,7 @@ class TrainedModel:
 
     path: Path
     model: JiT
-    tokenizer: object
+    tokenizer: tokenizers.Tokenizer
     format: TextFormat
 
     @property

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,7 +26,25 @@ _BATCH_CHARACTERS = 1_000_000
 _BYTE_ALPHABET = 256
 
 
-def load_tokenizer(path_or_name: str | Path):
+class Tokenizer(Protocol):
+    """What the trainer uses of a Hugging Face tokenizer (`PreTrainedTokenizerBase`), EOS and padding present."""
+
+    eos_token: str
+    eos_token_id: int
+    pad_token: str
+    pad_token_id: int
+    chat_template: Any
+    name_or_path: str
+
+    def __call__(self, text: Any, **options: Any) -> Any: ...
+    def get_vocab(self) -> dict[str, int]: ...
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any]) -> int: ...
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+    def decode(self, token_ids: Any, **options: Any) -> Any: ...
+    def save_pretrained(self, save_directory: Any) -> Any: ...
+
+
+def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     """A tokenizer from a folder or a hub name, with EOS and padding tokens.
 
     A tokenizer without EOS gets `<|endoftext|>` (one more id unless it knows the word); without padding token, EOS
@@ -49,7 +68,7 @@ def load_tokenizer(path_or_name: str | Path):
     return ensure_special_tokens(tokenizer)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024):
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
     """Trains a byte-level BPE: id 0 is `<|endoftext|>` (EOS and padding), then the 256 bytes, then merges.
 
     A small corpus may have fewer merges than asked for. Raises UserError when the bytes alone do not fit.
@@ -59,10 +78,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024):
             f"vocab_size {vocab_size} is too small for a byte-level tokenizer: {_BYTE_ALPHABET} bytes and one "
             f"end-of-text token need at least {_BYTE_ALPHABET + 1}"
         )
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE())
+    backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -72,15 +92,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024):
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer: Tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer
 
 
-def ensure_special_tokens(tokenizer):
+def ensure_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer, with EOS and padding tokens added where it has none."""
     if tokenizer.eos_token_id is None:
         tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
@@ -89,12 +110,12 @@ def ensure_special_tokens(tokenizer):
     return tokenizer
 
 
-def vocab_size(tokenizer) -> int:
+def vocab_size(tokenizer: Tokenizer) -> int:
     """V, the highest id + 1 (added tokens included; ids may have gaps)."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def fingerprint(tokenizer) -> str:
+def fingerprint(tokenizer: Tokenizer) -> str:
     """Hex digest of all that decides which ids a text gets: equal for a tokenizer and its saved copy."""
     backend = _backend(tokenizer)
     if backend is not None:
@@ -105,7 +126,7 @@ def fingerprint(tokenizer) -> str:
     return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str], parse_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> their ids end to end, int32 [total], and the length of each, int64 [len(texts)].
 
     Nothing is added: no BOS, no EOS. With `parse_special=False` a text that happens to contain `<|endoftext|>` is
@@ -121,7 +142,7 @@ def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tupl
     return np.array(values, dtype=np.int32), np.array(lengths, dtype=np.int64)
 
 
-def _batch_encoder(tokenizer, parse_special: bool):
+def _batch_encoder(tokenizer: Tokenizer, parse_special: bool) -> Callable[[Sequence[str]], Iterable[list[int]]]:
     """A function list of texts -> lists of ids, made when they are asked for."""
     backend = _backend(tokenizer)
     if backend is None:
@@ -132,7 +153,7 @@ def _batch_encoder(tokenizer, parse_special: bool):
     return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
 
 
-def _backend(tokenizer):
+def _backend(tokenizer: Tokenizer) -> Any:
     """The Rust tokenizer with truncation and padding off (its file may ask for them), or None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -141,7 +162,7 @@ def _backend(tokenizer):
     return backend
 
 
-def _batches(texts: Sequence[str]):
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     """Cuts texts into lists of at most _BATCH_TEXTS texts and about _BATCH_CHARACTERS characters."""
     start, characters = 0, 0
     for i, text in enumerate(texts):
@@ -153,7 +174,7 @@ def _batches(texts: Sequence[str]):
         yield texts[start:]
 
 
-def require_chat_template(tokenizer) -> None:
+def require_chat_template(tokenizer: Tokenizer) -> None:
     """Raises UserError when the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -163,7 +184,7 @@ def require_chat_template(tokenizer) -> None:
         )
 
 
-def chat_format(tokenizer, prompt: str, answer: str) -> tuple[str, str]:
+def chat_format(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
     """A prompt/answer pair in the chat template: (all up to where the assistant speaks, the rest).
 
     The rest comes without the template's own end-of-text, which the caller appends as an id.
@@ -182,13 +203,13 @@ def chat_format(tokenizer, prompt: str, answer: str) -> tuple[str, str]:
     return opening, reply
 
 
-def chat_prompt(tokenizer, prompt: str) -> str:
+def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     """A prompt in the tokenizer's chat template, up to where the assistant speaks."""
     message = {"role": "user", "content": prompt}
     return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
-def encode_prompt(tokenizer, prompt: str, use_chat_template: bool = False) -> np.ndarray:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, use_chat_template: bool = False) -> np.ndarray:
     """The ids of a prompt as training saw them: int32 [m]."""
     if use_chat_template:
         require_chat_template(tokenizer)

@@ -155,6 +155,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: engin
     parameters = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
     moments = _moments(settings["optimizer"], parts.module, parameters)
     parts.module.measure_bound = True  # as in the steps that are logged, which need the most
+    parts.module.schedule = None  # it looks at values, which tensors without data have not; all its sums are small
     small, large = (longest_batch(parts, samples) for samples in (FEW, MANY))
     fixed, per_sample = activation_bytes(parts.module, small, large, _precision(settings))
     return Footprint(

@@ -146,6 +146,10 @@ def test_half_precision_has_no_stage_0(corpus):
     assert [row["stage"] for row in report["memory"]["stages"]] == [1, 2, 3]
 
 
+def test_a_learnt_noise_schedule_needs_no_memory_worth_planning(corpus):
+    assert planned(corpus, "--timesteps", "entropic")["memory"] == planned(corpus, "--timesteps", "band")["memory"]
+
+
 def test_conditions_and_no_averages(tmp_path):
     path = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"word {i}", "answer": "meaning " * (1 + i % 5)} for i in range(60)]
