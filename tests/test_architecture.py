@@ -1,6 +1,7 @@
 """The house rules: which package may import which, and who talks to DeepSpeed."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,11 @@ def test_deepspeed_is_imported_by_the_engine_alone():
     for file in FILES:
         modules = {module.split(".")[0] for module in imported(file)}
         assert "deepspeed" not in modules or package_of(file) == "engine", file
+
+
+def test_the_tour_names_files_that_exist():
+    """CONTRIBUTING.md: five files, one after the other, and every package."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\d\. \[`(.+?)`\]", text, re.M)
+    assert len(files) == 5 and all((ROOT / file).is_file() for file in files)
+    assert all(f"`{name}/`" in text or f"`{name}.py`" in text for name in set(STOREY))

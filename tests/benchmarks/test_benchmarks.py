@@ -21,8 +21,8 @@ from tests.support.tiny import layout_of, tiny_model
 SCRIPTS = {
     "efficiency": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
     "overhead": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
-    "lengths": "--repetitions 1 --data_path {text}",
-    "precision": "--model JiT-XS/8 --images 16 --repetitions 1",
+    "lengths": "--batch 2 --repetitions 1 --data_path {text}",
+    "precision": "--model JiT-XS/8 --images 2 --repetitions 1",
     "startup": "--repetitions 1 --data_path {text}",
     "growth": "--parts corpus --megabytes 0.1 0.2",
     "data": "--megabytes 0.2 --repetitions 1",
