@@ -20,8 +20,6 @@ from ds_tokimg.model.jit import JiT
 from ds_tokimg.tokens import tokenizer as tokenizers
 from ds_tokimg.tokens.layout import PatchLayout
 
-WEIGHTS = ("ema", "trained")
-
 
 @dataclass
 class TrainedModel:
