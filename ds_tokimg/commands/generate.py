@@ -6,18 +6,19 @@ import argparse
 import json
 from pathlib import Path
 
+from ds_tokimg.choices import SAMPLERS, WEIGHTS
 from ds_tokimg.errors import UserError
-from ds_tokimg.inference.loading import WEIGHTS, load_trained
-from ds_tokimg.inference.sampler import MAX_STEPS, SAMPLERS, STEPS_PER_TOKEN, SamplingOptions
-from ds_tokimg.inference.texts import generate, infill, save_images, show
+from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
 from ds_tokimg.settings.command_line import Parser, path
 
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
-    prompts = _prompts(arguments)
+    prompts, options = _prompts(arguments), _options(arguments)
+    from ds_tokimg.inference.loading import load_trained
+    from ds_tokimg.inference.texts import generate, infill, save_images, show
+
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
-    options = _options(arguments)
     if arguments.infill is not None:
         texts = infill(trained, arguments.infill, options, arguments.num_samples)
     else:

@@ -21,8 +21,6 @@ from ds_tokimg.settings import formats
 from ds_tokimg.tokens import tokenizer as tokenizers
 from ds_tokimg.tokens.layout import PatchLayout
 
-WEIGHTS = ("ema", "trained")
-
 
 @dataclass
 class TrainedModel:

@@ -203,12 +203,13 @@ def _add_value(group, field: dataclasses.Field, shown, hidden: bool) -> None:
     kind, data = alternatives(field.type)[0], field.metadata
     options = {} if data["const"] is None else {"nargs": "?", "const": data["const"]}
     text = data["help"] if shown in (None, "") else f"{data['help']} (default: {shown})"
-    metavar = "{" + ",".join(data["choices"]) + "}" if data["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
+    usual = "PATH" if data["is_path"] else {int: "N", float: "X", str: "NAME"}[kind]
+    metavar = "{" + ",".join(data["choices"]) + "}" if data["choices"] else data["metavar"] or usual
     group.add_argument(
         f"--{field.name}",
         type=path if data["is_path"] else kind,
         default=argparse.SUPPRESS,
-        metavar="PATH" if data["is_path"] else metavar,
+        metavar=metavar,
         help=argparse.SUPPRESS if hidden else text.replace("%", "%%"),
         **options,
     )

@@ -126,6 +126,7 @@ class RunSettings:
         "at-once, left-to-right, reference, or a TOML file: the settings of a method",
         resume=FIXED,
         in_recipe=False,
+        metavar="NAME",
     )
     epochs: int | None = setting(
         None,
@@ -139,6 +140,7 @@ class RunSettings:
         "'latest' (also when alone), 'best', a checkpoint's folder, or 'auto': where there is a checkpoint",
         const="latest",
         is_path=True,
+        metavar="WHICH",
     )
     init_from: str | None = _launch(None, "start a new run from the weights of this checkpoint or export", is_path=True)
     save_interval: int = setting(500, "optimiser steps between checkpoints", COUNT)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
+from ds_tokimg.choices import SAMPLERS
 from ds_tokimg.diffusion.path import START
-from ds_tokimg.inference.sampler import SAMPLERS, SamplingOptions, _Walk, sample, timestep_grid
+from ds_tokimg.inference.options import SamplingOptions
+from ds_tokimg.inference.sampler import _Walk, sample, timestep_grid
 from ds_tokimg.model.context import Patches, WholeImage
 from ds_tokimg.tokens.codec import TokenCodec
 from tests.support.tiny import ExactModel, correlated_texts, tiny_model

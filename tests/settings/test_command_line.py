@@ -305,7 +305,7 @@ def test_import_is_lazy_and_complete():
     )
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("command", entry.COMMANDS)
 def test_help_imports_nothing_that_takes_seconds(command):
     run_python(
         "import sys; from ds_tokimg.__main__ import main\n"
