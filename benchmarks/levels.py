@@ -21,8 +21,13 @@ sys.path.insert(0, str(ROOT))
 
 from ds_tokimg.commands.evaluate import open_texts  # noqa: E402
 from ds_tokimg.data.batch import blocks_of  # noqa: E402
-from ds_tokimg.diffusion.band import bound_range  # noqa: E402
-from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, timestep_of_log_snr  # noqa: E402
+from ds_tokimg.diffusion.path import (  # noqa: E402
+    START,
+    add_noise_to_timestep,
+    alpha_sigma,
+    bound_range,
+    timestep_of_log_snr,
+)
 from ds_tokimg.inference.loading import load_trained  # noqa: E402
 from ds_tokimg.model.context import Patches, TeacherForced, WholeImage  # noqa: E402
 from ds_tokimg.model.heads.base import Prediction  # noqa: E402

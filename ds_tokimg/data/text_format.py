@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ds_tokimg.data.batch import Canvas
 from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.settings.by_name import settings_of
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
 
@@ -32,23 +33,15 @@ class TextFormat:
 
     @classmethod
     def of_run(cls, config: TrainConfig, tokenizer, canvas: int) -> TextFormat:
-        same = (
-            "packing",
-            "enable_condition",
-            "use_chat_template",
-            "eval_fraction",
-            "objective",
-            "timesteps",
-        )
-        return cls(
-            max_tokens=config.max_tokens or config.capacity,
-            canvas=canvas,
-            eos_id=tokenizer.eos_token_id,
-            tokenizer=tokenizers.fingerprint(tokenizer),
-            data_path=absolute(config.data_path),
-            eval_data_path=config.eval_data_path and absolute(config.eval_data_path),
-            **{name: getattr(config, name) for name in same},
-        )
+        own = {
+            "max_tokens": config.max_tokens or config.capacity,
+            "canvas": canvas,
+            "eos_id": tokenizer.eos_token_id,
+            "tokenizer": tokenizers.fingerprint(tokenizer),
+            "data_path": absolute(config.data_path),
+            "eval_data_path": config.eval_data_path and absolute(config.eval_data_path),
+        }
+        return cls(**settings_of(cls, config) | own)
 
     @property
     def answers(self) -> Canvas | None:

@@ -19,7 +19,9 @@ from ds_tokimg.data.order import steps_per_epoch
 from ds_tokimg.data.text_format import TextFormat, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.model.config import JiTConfig
 from ds_tokimg.model.jit import JiT
+from ds_tokimg.settings.by_name import settings_of
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
 from ds_tokimg.tokens.codec import TokenCodec
@@ -143,19 +145,9 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
     """Model and objective with the run's initial weights, the same on every rank."""
     torch.manual_seed(config.seed)
     try:
-        model = JiT.from_name(
-            config.model,
-            codec,
-            config.img_size,
-            config.head,
-            posterior=config.posterior,
-            layout=config.layout,
-            block_size=config.block_size,
-            noisy_depth=config.noisy_depth,
-            neighbours=config.neighbours,
-            in_turn=None if config.in_turn is None else config.in_turn > 0,
-            activation_checkpointing=config.activation_checkpointing,
-        )
+        in_turn = None if config.in_turn is None else config.in_turn > 0
+        options = settings_of(JiTConfig, config) | {"in_turn": in_turn, "block_size": config.block_size}
+        model = JiT.from_name(config.model, codec, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
     if start is not None:
@@ -167,12 +159,10 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
 
 def draws_of(config: TrainConfig, model: JiT, text_format: TextFormat) -> Draws:
     """What is drawn of every sample."""
-    return Draws(
-        patch_noise=config.patch_noise,
-        in_turn=in_turn_share(config, model),
-        condition_drop=config.condition_drop if config.enable_condition else None,
-        canvas=text_format.answers,
-    )
+    own = {"in_turn": in_turn_share(config, model), "canvas": text_format.answers}
+    if not config.enable_condition:
+        own["condition_drop"] = None
+    return Draws(**settings_of(Draws, config) | own)
 
 
 def in_turn_share(config: TrainConfig, model: JiT) -> float:

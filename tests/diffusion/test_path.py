@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from ds_tokimg.diffusion.band import bound_range, information_rate, readable_band
 from ds_tokimg.diffusion.path import (
     TIMESTEP_SAMPLERS,
     TimestepSampler,
     add_noise_to_timestep,
     alpha_sigma,
+    bound_range,
+    information_rate,
     log_snr,
+    readable_band,
     timestep_of_log_snr,
 )
 
