@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_tokimg.choices import HEADS
-from ds_tokimg.diffusion.band import readable_band
-from ds_tokimg.diffusion.path import alpha_sigma, timestep_of_log_snr
+from ds_tokimg.diffusion.path import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import RUN, Writing
 from ds_tokimg.model.config import JiTConfig, check_shape, config_of_name
 from ds_tokimg.model.context import (
@@ -43,8 +42,16 @@ from ds_tokimg.model.files import WEIGHTS, codec_of, load_weights, read_weights,
 from ds_tokimg.model.heads.base import CandidateTokens, Prediction
 from ds_tokimg.model.heads.build import build_head
 from ds_tokimg.model.images import ImagePatches, mask_slots, take, valid_first
-from ds_tokimg.model.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
-from ds_tokimg.model.local_window import InTurn, Neighbours, TokenMLP
+from ds_tokimg.model.layers import (
+    Block,
+    FinalLayer,
+    InTurn,
+    Neighbours,
+    RMSNorm,
+    TimestepEmbedding,
+    TokenMLP,
+    rope_frequencies,
+)
 from ds_tokimg.settings import formats
 from ds_tokimg.tokens.codec import TokenCodec, check_geometry
 from ds_tokimg.tokens.layout import PatchLayout

@@ -166,12 +166,10 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
 
 def draws_of(config: TrainConfig, model: JiT, text_format: TextFormat) -> Draws:
     """What is drawn of every sample."""
-    return Draws(
-        patch_noise=config.patch_noise,
-        in_turn=in_turn_share(config, model),
-        condition_drop=config.condition_drop if config.enable_condition else None,
-        canvas=text_format.answers,
-    )
+    own = {"in_turn": in_turn_share(config, model), "canvas": text_format.answers}
+    if not config.enable_condition:
+        own["condition_drop"] = None
+    return config.part(Draws, **own)
 
 
 def in_turn_share(config: TrainConfig, model: JiT) -> float:
