@@ -58,7 +58,7 @@ def main() -> None:
         print_overhead(name, batch, tokens, args.repetitions)
 
 
-def loss_of_step(engine: TrainEngine, micro_batch: dict[str, torch.Tensor]) -> float:
+def loss_of_step(engine: TrainEngine, micro_batch: Batch) -> float:
     return engine.train_batch([micro_batch]).loss
 
 

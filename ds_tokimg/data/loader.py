@@ -85,7 +85,7 @@ class BatchLoader:
                 yield LoadedBatch(epoch, micro_batches, time.perf_counter() - begun)
             return
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
-        waiting: deque[tuple[int, Future[list[dict[str, Tensor]]]]] = deque()
+        waiting: deque[tuple[int, Future[list[Batch]]]] = deque()
         try:
             for epoch, number, indices in self._plan(first_step, last_step):
                 waiting.append((epoch, pool.submit(self._prepare, epoch, number, indices)))
@@ -117,7 +117,7 @@ class BatchLoader:
         return micro_batches
 
 
-def _take(waiting: deque[tuple[int, Future[list[dict[str, Tensor]]]]]) -> LoadedBatch:
+def _take(waiting: deque[tuple[int, Future[list[Batch]]]]) -> LoadedBatch:
     epoch, future = waiting.popleft()
     begun = time.perf_counter()
     return LoadedBatch(epoch, future.result(), time.perf_counter() - begun)

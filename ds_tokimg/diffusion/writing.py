@@ -24,7 +24,7 @@ class Writing:
     in_turn: bool = False
     exact_patches: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.block_size < 0:
             raise ValueError(f"block_size is {self.block_size}; it must be 0 (the whole image at once) or more")
 

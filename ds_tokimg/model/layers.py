@@ -186,7 +186,9 @@ class Neighbours(nn.Module):
         sides = [*range(-self.reach, 0), *range(1, self.reach + 1)]
         distances = torch.cat([torch.arange(*ends, device=device) for ends in ((-self.reach, 0), (1, self.reach + 1))])
         places = torch.arange(length, device=device)
-        clean, without_noise, silent = None, None, None
+        clean: Tensor | None = None
+        without_noise: Tensor | None = None
+        silent: Tensor | None = None
         if context is not None:
             clean, blocks = context
             others = blocks[(places + distances[:, None]).clamp(0, length - 1)] - blocks  # [D, L]
@@ -194,7 +196,7 @@ class Neighbours(nn.Module):
             places = places - torch.searchsorted(blocks, blocks)
         if in_turn is not None:
             clean, drawn = in_turn.clean, in_turn.heard(distances, places)
-            without_noise = drawn if context is None else drawn & (others == 0)[:, None] | without_noise
+            without_noise = drawn if without_noise is None else drawn & (others == 0)[:, None] | without_noise
         if before is not None:
             tokens = torch.cat([before, tokens], 1)
             clean = None if clean is None else torch.cat([before, clean], 1)
