@@ -17,13 +17,17 @@ def main(argv: list[str]) -> int:
     prompts, options = _prompts(arguments), _options(arguments)
     from ds_tokimg.inference.loading import load_trained
     from ds_tokimg.inference.texts import generate, infill, save_images, show
+    from ds_tokimg.inference.watching import Watcher
 
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    watcher = Watcher(trained.model, trained.format.eos_id) if arguments.animate else None
     if arguments.infill is not None:
-        texts = infill(trained, arguments.infill, options, arguments.num_samples)
+        texts = infill(trained, arguments.infill, options, arguments.num_samples, watcher)
     else:
-        texts = generate(trained, prompts, options, arguments.max_new_tokens)
+        texts = generate(trained, prompts, options, arguments.max_new_tokens, watcher)
     show(texts)
+    if watcher is not None:
+        watcher.save(Path(arguments.animate), trained.tokenizer)
     if arguments.save_images:
         save_images(trained, texts, Path(arguments.save_images))
     if arguments.json:
@@ -74,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=int, metavar="N", help="length to write at most (default: the image, or the answer)")
     add("--batch_size", type=int, default=defaults.batch_size, metavar="N", help="texts at a time")
     add("--save_images", type=path, metavar="DIR", help="write the images there, as PNG")
+    add("--animate", type=path, metavar="FILE.gif", help="show how the first text comes out of noise; FILE.png: stages")
     add("--json", type=path, metavar="FILE", help="write the texts there")
     add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
     add("--device", default="cpu", help="where to compute (default: cpu)")
@@ -85,6 +90,8 @@ def _prompts(arguments) -> list[str | None]:
         raise UserError("give --prompt or --prompt_file, not both")
     if arguments.infill is not None and (arguments.prompt or arguments.prompt_file or arguments.max_new_tokens):
         raise UserError("--infill takes its length from its text, and no --prompt, --prompt_file or --max_new_tokens")
+    if arguments.animate is not None:
+        _check_animation(Path(arguments.animate))
     if arguments.num_samples < 1:
         raise UserError(f"--num_samples {arguments.num_samples}: at least 1")
     prompts = [arguments.prompt]
@@ -96,6 +103,14 @@ def _prompts(arguments) -> list[str | None]:
         if not prompts:
             raise UserError(f"--prompt_file {arguments.prompt_file}: no prompt in it")
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+
+
+def _check_animation(file: Path) -> None:
+    """Before anything is written: a text must not be lost because its picture cannot be kept."""
+    if file.suffix.lower() != ".gif":
+        raise UserError(f"--animate {file}: the file's name must end with .gif")
+    if not file.parent.is_dir():
+        raise UserError(f"--animate {file}: there is no folder {file.parent}")
 
 
 def _options(arguments) -> SamplingOptions:

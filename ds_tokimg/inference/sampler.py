@@ -34,6 +34,9 @@ from ds_tokimg.model.context import KVCache, Patches, WholeImage
 from ds_tokimg.model.heads.base import ChangedPrediction, Prediction
 from ds_tokimg.model.jit import JiT
 
+# See `inference.watching.Watcher`.
+Watch = Callable[[int, float, Tensor, Tensor, Tensor], None]
+
 
 def timestep_grid(radix: int, steps: int, in_turn: bool = False) -> Tensor:
     """Timesteps START > … > 0, float64 [steps + 1], close together where tokens of this code become readable.
@@ -56,6 +59,7 @@ def sample(
     options: SamplingOptions,
     prompts: list | None = None,
     given: list[dict[int, int]] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[list[list[int]], int]:
     """Writes texts.
 
@@ -66,6 +70,7 @@ def sample(
         given: per text {place: token id} of tokens that are known and stay fixed (infilling), or None. Patches that
             are known as a whole are shown without noise; a known token that shares its patch with unknown ones is as
             noisy as these, so that early on they hardly depend on it.
+        watch: called with what stands at every noise level of the first text, see `inference.watching`; or None.
 
     Returns the ids of each text, and how many of all sampled colours were no token. A text depends on the options'
     seed and its place in the list, not on the batch it was sampled in.
@@ -74,6 +79,7 @@ def sample(
     for start in range(0, len(lengths), options.batch_size):
         rows = range(start, min(len(lengths), start + options.batch_size))
         walk = _Walk(model, lengths, rows, options, prompts, given)
+        walk.watch = watch if start == 0 else None
         ids, bad = walk.run()
         texts += ids
         invalid += bad
@@ -98,6 +104,8 @@ class _Walk:
         self.positions = torch.arange(self.mask.shape[1], device=self.device).expand(self.mask.shape[:2])
         # With and without the condition: what has been written before the block at hand.
         self.caches: dict[bool, KVCache] = {}
+        self.watch: Watch | None = None
+        self.first_patch = 0  # of the block at hand
 
     def _condition(self, prompts):
         ids, mask = self.layout.pack([np.asarray(prompt, np.int64) for prompt in prompts])
@@ -161,6 +169,7 @@ class _Walk:
         block = copy.copy(self)
         for name in ("mask", "fixed", "fixed_ids", "fixed_clean", "positions"):
             setattr(block, name, getattr(self, name)[:, now])
+        block.first_patch = now.start
         block.patches = np.clip(self.patches - now.start, 0, block.mask.shape[1])
         return block
 
@@ -186,7 +195,10 @@ class _Walk:
         for t, s in pairwise(grid[:-1].tolist()):
             z = step(z, t, s)
         ids, invalid = self._last(z, float(grid[-2]))
-        return torch.where(self.fixed, self.fixed_ids, ids), invalid
+        ids = torch.where(self.fixed, self.fixed_ids, ids)
+        if self.watch is not None:
+            self.watch(self.first_patch, 0.0, self._colours(ids)[0], ids[0], torch.ones(ids[0].shape))
+        return ids, invalid
 
     def _num_steps(self) -> int:
         steps = self.options.steps
@@ -207,7 +219,11 @@ class _Walk:
             prediction = self._network(z, t, self.condition)
             if scale != 1:
                 prediction = self._guide(self._network(z, t, None), prediction, scale)
-        return self._with_given(prediction)
+        prediction = self._with_given(prediction)
+        if self.watch is not None:
+            certainty, ids = prediction.certainty(self.fixed_ids.shape), self.model.read(prediction)[0]
+            self.watch(self.first_patch, t, z[0], ids[0], certainty[0])
+        return prediction
 
     def _network(self, z: Tensor, t: float, condition) -> Prediction:
         levels = torch.full(self.mask.shape[:2], t, device=self.device)

@@ -10,14 +10,18 @@ from torch import Tensor
 
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import TrainedModel
-from ds_tokimg.inference.sampler import SamplingOptions, sample
+from ds_tokimg.inference.sampler import SamplingOptions, Watch, sample
 from ds_tokimg.tokens import tokenizer as tokenizers
 
 GAP = re.compile(r"<gap:(\d+)>")
 
 
 def generate(
-    trained: TrainedModel, prompts: list[str | None], options: SamplingOptions, max_new_tokens: int | None = None
+    trained: TrainedModel,
+    prompts: list[str | None],
+    options: SamplingOptions,
+    max_new_tokens: int | None = None,
+    watch: Watch | None = None,
 ) -> list[dict]:
     """One text per prompt (None: from noise alone).
 
@@ -30,7 +34,7 @@ def generate(
     ids = [[] if prompt is None else _prompt_ids(trained, prompt) for prompt in prompts]
     length = _length(max_new_tokens, trained.layout.codec.capacity(trained.layout.img_size), room)
     if text_format.enable_condition:
-        rows, invalid = sample(trained.model, [length] * len(ids), options, prompts=ids)
+        rows, invalid = sample(trained.model, [length] * len(ids), options, prompts=ids, watch=watch)
         starts = [0] * len(ids)
     else:
         starts = [len(prompt) for prompt in ids]
@@ -39,12 +43,14 @@ def generate(
                 raise UserError(f"the prompt {prompt!r} has {start} tokens; the image holds {room}: shorten it")
         lengths = [min(room, start + length) for start in starts]
         given = [dict(enumerate(prompt)) for prompt in ids] if any(starts) else None
-        rows, invalid = sample(trained.model, lengths, options, given=given)
+        rows, invalid = sample(trained.model, lengths, options, given=given, watch=watch)
     _report(invalid)
     return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
 
 
-def infill(trained: TrainedModel, text: str, options: SamplingOptions, count: int = 1) -> list[dict]:
+def infill(
+    trained: TrainedModel, text: str, options: SamplingOptions, count: int = 1, watch: Watch | None = None
+) -> list[dict]:
     """`count` fillings of a text with gaps (`<gap:N>`, N tokens each): dicts as those of `generate`.
 
     What stands between the gaps stays, token by token. A model sees both sides of a gap when the whole image is
@@ -56,7 +62,7 @@ def infill(trained: TrainedModel, text: str, options: SamplingOptions, count: in
     known, length = _known_tokens(trained, text)
     if length > trained.format.max_tokens:
         raise UserError(f"--infill: {length} tokens with the gaps; the image holds {trained.format.max_tokens}")
-    rows, invalid = sample(trained.model, [length] * count, options, given=[known] * count)
+    rows, invalid = sample(trained.model, [length] * count, options, given=[known] * count, watch=watch)
     _report(invalid)
     texts = [trained.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     return [

@@ -136,6 +136,13 @@ class Prediction:
     def clean(self) -> Tensor:
         return self._output if self.logits is None else self._head.clean(self.logits)
 
+    def certainty(self, shape: tuple[int, ...]) -> Tensor:
+        """Probability of the likeliest candidate of each token, `shape` [B, N, K]; 1 for the linear head."""
+        if self.logits is None:
+            return torch.ones(shape)
+        highest = self.logits.softmax(-1).amax(-1)
+        return highest if highest.dim() == 3 else highest.prod(-1)
+
     @property
     def is_in_turn(self) -> bool:
         """`logits_in_turn` can be asked for."""
