@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_tokimg import recipes
 from ds_tokimg.__main__ import COMMANDS
+from ds_tokimg.errors import alternatives
 from ds_tokimg.settings import command_line, engine_json, engine_schema
 from ds_tokimg.settings.config import SECTIONS
-from ds_tokimg.settings.setting import members
 
 TYPES = {int: "whole number", float: "number", str: "text", bool: "switch"}
 
@@ -113,7 +113,7 @@ def settings() -> str:
 
 def _setting(field: dataclasses.Field, stated: dict[str, dict]) -> list[str]:
     data = field.metadata
-    kinds = ["path or name"] if data["is_path"] else [TYPES[kind] for kind in members(field.type) if kind in TYPES]
+    kinds = ["path or name"] if data["is_path"] else [TYPES[kind] for kind in alternatives(field.type) if kind in TYPES]
     values = ", ".join(f"`{choice}`" for choice in data["choices"]) or (data["range"] and data["range"].text)
     in_recipe = any(field.name in values for values in stated.values())
     star = "\\*" if data["of_recipe"] else ""

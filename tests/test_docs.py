@@ -1,5 +1,6 @@
 """The documentation: it builds without a warning, its commands parse, its paths exist, its figures are the data's."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -10,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
-from tests.support.runs import ROOT
+from ds_tokimg.__main__ import COMMANDS
+from ds_tokimg.settings import engine_schema
+from ds_tokimg.settings.command_line import build_parser
+from ds_tokimg.settings.config import TrainConfig
+from tests.support.runs import ROOT, metrics, small_flags, train_in_ranks, write_corpus
 
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
 FIVE_FILES = [
@@ -62,8 +67,6 @@ def test_commands_have_flags_that_exist(page, tmp_path, monkeypatch):
 
 
 def parser_of(command: str):
-    from ds_tokimg.settings.command_line import build_parser
-
     if command == "plan":
         return importlib.import_module("ds_tokimg.commands.plan")._parser([])
     return build_parser(command, "", [])
@@ -80,6 +83,17 @@ def test_links_and_paths_lead_somewhere(page):
     for line in re.findall(r"^→ (.*(?:\n`.*)*)", text, re.M):
         for path in re.findall(r"`([^`]+)`", line):
             assert (PACKAGE / path).exists(), f"{path}: no such file of ds_tokimg"
+
+
+def test_generated_pages_have_every_flag_and_key(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pages = importlib.import_module("generate").pages()
+    for field in dataclasses.fields(TrainConfig):
+        assert f"| `--{field.name}`" in pages["reference/settings.md"]
+    for command in COMMANDS:
+        assert f"## {command}\n" in pages["reference/commands.md"]
+    for key in {key for keys in (engine_schema.TOP_LEVEL, *engine_schema.BLOCKS.values()) for key in keys}:
+        assert f"| `{key}` |" in pages["reference/engine-json.md"]
 
 
 def test_the_readme_names_the_five_files_in_order():
@@ -99,6 +113,23 @@ def test_tables_are_those_of_the_data(page):
     text = page.read_text(encoding="utf-8")
     assert tables.TABLE.search(text)
     assert tables.filled(text, tables.read_rows()) == text, "run python -m benchmarks.tables"
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_reference_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    train_in_ranks(1, small_flags(write_corpus(tmp_path), run))
+    page = (ROOT / "docs" / "reference" / "run-folder.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, re.M)
+    named = {key for row in rows for key in re.findall(r"\w+", row)}
+    assert {key for row in metrics(run) for key in row} == named
+    tree = re.search(r"^    config\.json.*?^$", page, re.S | re.M)[0]
+    files = {re.split(" {2,}", line.strip())[0].rstrip("/") for line in tree.splitlines()}
+    checkpoint = next((run / "checkpoints").glob("step_*"))
+    left = {path.name for folder in (run, run / "checkpoints", checkpoint) for path in folder.iterdir()}
+    engine_files = {name for name in left if name.endswith("_states.pt")}
+    assert left - {checkpoint.name} - engine_files == files - {"step_00001000", "…"}
 
 
 @pytest.mark.slow
