@@ -53,7 +53,7 @@ def print_times(images: int, repetitions: int) -> None:
     batches = {n: batch_of(engine.module, config, [n] * images) for n in LENGTHS}
     rivals = {n: partial(engine.train_batch, [batch]) for n, batch in batches.items()}
     seconds = take_turns(rivals, repetitions, warm_up=2)
-    patches = {n: batch["mask"].any(-1).sum().item() // images for n, batch in batches.items()}
+    patches = {n: batch.mask.any(-1).sum().item() // images for n, batch in batches.items()}
     slope, constant = np.polyfit([patches[n] for n in LENGTHS], [median(seconds[n]) for n in LENGTHS], 1)
     print(f"## Step time, {config.model}, {images} texts of one length\n")
     print_table("tokens a text", "patches a text", "ms a step", "the line", "times cheaper than 4,096 tokens")

@@ -74,7 +74,7 @@ def as_text(plan: dict) -> str:
     warmup = f", warm-up {schedule['warmup_steps']:,}" if schedule["warmup_steps"] else ""
     lines = [
         f"recipe      {plan['recipe']}",
-        *plan["automatic"],
+        *([f"automatic   {', '.join(plan['automatic'])}"] if plan["automatic"] else []),
         f"data        {data['documents']:,} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens",
         f"images      {data['images']:,} to train on{left_out}, {data['eval_images']:,} held out; "
         f"{data['tokens_per_image']:.1f} of {data['max_tokens']:,} tokens an image",

@@ -218,19 +218,22 @@ def _check_max_tokens(max_tokens: int | None, capacity: int) -> int:
 
 
 def _split(corpus: Corpus, split: str, eval_fraction: float, name: str) -> np.ndarray:
-    """The documents of a split, int64. A small corpus of which chance picks none gives one text to "eval"."""
+    """The documents of a split, int64.
+
+    A small corpus of which chance picks none gives one text to "eval", a fraction of 0 gives it none.
+    """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
     if not 0 <= eval_fraction < 1:
         raise UserError(f"eval_fraction is {eval_fraction}, but must be at least 0 and less than 1")
-    if split == "all" or (split == "train" and eval_fraction == 0):
-        return np.arange(len(corpus))
+    if split == "all" or eval_fraction == 0:
+        return np.arange(0 if split == "eval" else len(corpus))
     held_out = corpus.hashes < eval_fraction * 2.0**64
-    if eval_fraction and (not held_out.any() or held_out.all()):
+    if not held_out.any() or held_out.all():
         held_out = corpus.hashes == corpus.hashes.min()
     if held_out.all() or not held_out.any():
         raise UserError(
             f"the corpus {name} cannot be split into training and validation: it holds {len(corpus)} "
-            f"text(s), and eval_fraction is {eval_fraction}; give --eval_data_path, or more different texts"
+            f"text(s), and eval_fraction is {eval_fraction}; give --eval_data_path, --eval_fraction 0 or more texts"
         )
     return np.flatnonzero(held_out if split == "eval" else ~held_out)

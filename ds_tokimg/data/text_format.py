@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_tokimg.data.batch import Canvas
 from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
@@ -17,7 +18,6 @@ class TextFormat:
     """How texts become images in a run; what evaluation and generation must do alike."""
 
     max_tokens: int  # tokens an image holds at most
-    block_size: int  # patches that lose their noise together, from left to right; 0: all of the image
     canvas: int  # patches an answer is written on (models with conditions), else 0
     packing: bool
     enable_condition: bool
@@ -41,6 +41,11 @@ class TextFormat:
             data_path=absolute(config.data_path),
             eval_data_path=config.eval_data_path and absolute(config.eval_data_path),
         )
+
+    @property
+    def answers(self) -> Canvas | None:
+        """The canvas of a model with conditions."""
+        return Canvas(self.canvas, self.eos_id) if self.canvas else None
 
     def description(self) -> str:
         """As JSON: the content of text.json."""

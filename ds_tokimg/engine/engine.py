@@ -268,8 +268,9 @@ class TrainEngine:
             "zero": {key: zero[key] for key in PARTITION_SETTINGS if key in zero},
         }
 
-    def train_batch(self, micro_batches: list[dict[str, Tensor]]) -> StepResult:
-        """One optimiser step. Collective: every rank calls it with `accumulation` micro-batches.
+    def train_batch(self, micro_batches: list) -> StepResult:
+        """One optimiser step. Collective: every rank calls it with `accumulation` micro-batches, which are
+        whatever the module takes that has a method `to(device)`.
 
         A micro-batch may be all padding (count 0): it adds nothing to the gradient, but its forward and backward run,
         so that no rank leaves out a collective alone.
@@ -282,7 +283,7 @@ class TrainEngine:
         self._give_up_if_diverged(result)
         return result
 
-    def _step(self, micro_batches: list[dict[str, Tensor]]) -> StepResult:
+    def _step(self, micro_batches: list) -> StepResult:
         if len(micro_batches) != self.accumulation:
             raise ValueError(f"{len(micro_batches)} micro-batches; the engine accumulates {self.accumulation}")
         count, stop = self._agree_on_count(micro_batches)
@@ -290,7 +291,7 @@ class TrainEngine:
         scale = self.dist.world_size / max(count, 1)
         lr, totals = self.lr, None
         for index, micro_batch in enumerate(micro_batches):
-            outputs = self.engine(to_device(micro_batch, self.dist.device))
+            outputs = self.engine(micro_batch.to(self.dist.device))
             self.engine.backward(outputs["loss_sum"] * scale, scale_wrt_gas=False)
             values = torch.stack([outputs[name].detach().double() for name in sorted(outputs)])
             totals = values if totals is None else totals + values
@@ -312,7 +313,7 @@ class TrainEngine:
             norm=self.engine.get_global_grad_norm(),
         )
 
-    def _agree_on_count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, bool]:
+    def _agree_on_count(self, micro_batches: list) -> tuple[int, bool]:
         """Valid pixels of the train batch, and whether any rank was asked to stop: one small all-reduce."""
         local_count = sum(int(self.module.count(micro_batch)) for micro_batch in micro_batches)
         count, stop = self.dist.sum_ints([local_count, int(self.stop_requested)])
@@ -390,8 +391,3 @@ class TrainEngine:
         scheduler = self.engine.lr_scheduler
         if scheduler is not None:
             scheduler.step(scheduler.last_batch_iteration)
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch with its tensors on `device`; a pinned one is copied without waiting."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

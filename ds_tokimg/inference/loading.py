@@ -1,7 +1,7 @@
 """A trained model on disk: checkpoint folders and exports, and all that is needed to read and write text with them.
 
-Both hold `model.json` (shape and codec), weights as safetensors and `text.json` (how texts were made into images).
-An export has its tokenizer inside; a checkpoint's stands in the run's folder.
+Both hold `model.json` (shape, codec and way of writing), weights as safetensors and `text.json` (how texts were made
+into images). An export has its tokenizer inside; a checkpoint's stands in the run's folder.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from safetensors.torch import load_file
 from ds_tokimg.data.text_format import TextFormat
 from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.errors import UserError
-from ds_tokimg.model.config import JiTConfig
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.tokens import tokenizer as tokenizers
-from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.tokens.layout import PatchLayout
-
-WEIGHTS = ("ema", "trained")
 
 
 @dataclass
@@ -36,8 +32,7 @@ class TrainedModel:
 
     @property
     def layout(self) -> PatchLayout:
-        config = self.model.config
-        return PatchLayout(self.model.codec, config.img_size, config.patch_size, config.layout)
+        return self.model.layout
 
 
 def load_trained(path: str, weights: str = "ema", device: str = "cpu") -> TrainedModel:
@@ -49,8 +44,7 @@ def load_trained(path: str, weights: str = "ema", device: str = "cpu") -> Traine
     Raises UserError when the folder is none of these, or is not whole.
     """
     folder = find_folder(Path(path))
-    description = json.loads((folder / "model.json").read_text())
-    model = JiT(TokenCodec.from_dict(description["codec"]), JiTConfig(**description["model"]))
+    model = JiT.of_description(json.loads((folder / "model.json").read_text()))
     in_checkpoint = (folder / checkpoints.MANIFEST).is_file()
     model.load_state_dict(
         checkpoints.load_weights(folder, weights) if in_checkpoint else load_file(folder / "model.safetensors")

@@ -44,8 +44,8 @@ def train_config(argv: list[str]) -> TrainConfig:
 def build_parser(command: str, description: str, argv: Sequence[str] = ()) -> Parser:
     """A parser of every setting, to which a command may add flags of its own. The help shows the values of the recipe
     that `argv` names; flags that a recipe fixes are shown by --help-all alone."""
-    usage = f"ds_tokimg {command} --data_path PATH [flags]"
-    parser = Parser(usage=usage, description=description, allow_abbrev=False)
+    prog = f"ds-tokimg {command}"
+    parser = Parser(prog=prog, usage=f"{prog} --data_path PATH [flags]", description=description, allow_abbrev=False)
     parser.add_argument("--help-all", action="help", help="show all flags, those that a recipe fixes too")
     shown = DEFAULTS | recipe_values(_recipe_in(argv)) | {"recipe": recipes.DEFAULT}
     for section, settings in SECTIONS.items():

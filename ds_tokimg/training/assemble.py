@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ds_tokimg.data import corpus
-from ds_tokimg.data.batch import BatchMaker
+from ds_tokimg.data.batch import BatchMaker, BatchPacker, Draws
 from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.order import steps_per_epoch
 from ds_tokimg.data.text_format import TextFormat, dataset_of
@@ -70,17 +70,9 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
         canvas = int(layout.num_patches([answers.max(initial=1)])[0])
         text_format = TextFormat.of_run(config, tokenizer, canvas)
     module = _module(config, layout.codec, start, dist.device)
-    maker = BatchMaker(
-        layout,
-        module.timesteps,
-        config.seed,
-        patch_noise=config.patch_noise,
-        condition_drop=config.condition_drop if config.enable_condition else None,
-        block_size=config.block_size,
-        canvas=text_format.canvas,
-        eos_id=text_format.eos_id,
-        in_turn=in_turn_share(config, module.model),
-    )
+    packer = BatchPacker(layout, module.model.writing.block_size)
+    draws = draws_of(config, module.model, text_format)
+    maker = BatchMaker(packer, module.timesteps, config.seed, draws)
     return Parts(tokenizer, text_format, layout, train_set, eval_set, module, maker)
 
 
@@ -155,14 +147,24 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
         size = config_of_name(config.model)
         in_turn = None if config.in_turn is None else config.in_turn > 0
         shape = {"depth": size.depth, "width": size.width, "heads": size.heads, "patch_size": size.patch_size}
-        model = JiT(codec, config.part(JiTConfig, in_turn=in_turn, **shape))
+        model = JiT(codec, config.part(JiTConfig, in_turn=in_turn, **shape), config.block_size)
     except ValueError as error:
         raise UserError(str(error)) from None
     if start is not None:
         _load_initial(model, start, config.init_from)
     if config.compile:
         _compile(model, device)
-    return TrainingLoss(model, config.objective, config.timesteps, config.block_size)
+    return TrainingLoss(model, config.objective, config.timesteps)
+
+
+def draws_of(config: TrainConfig, model: JiT, text_format: TextFormat) -> Draws:
+    """What is drawn of every sample."""
+    return Draws(
+        patch_noise=config.patch_noise,
+        in_turn=in_turn_share(config, model),
+        condition_drop=config.condition_drop if config.enable_condition else None,
+        canvas=text_format.answers,
+    )
 
 
 def in_turn_share(config: TrainConfig, model: JiT) -> float:
@@ -170,7 +172,7 @@ def in_turn_share(config: TrainConfig, model: JiT) -> float:
     if not model.config.in_turn or config.in_turn is not None:
         return config.in_turn or 0.0
     # Patches alone are never drawn otherwise; but the log's bits are those of many small steps (see `TrainingLoss`).
-    return 1.0 if config.block_size == 1 and config.timesteps == "noisy" else 0.75
+    return 1.0 if model.writing.block_size == 1 and config.timesteps == "noisy" else 0.75
 
 
 def _compile(model: JiT, device: torch.device) -> None:

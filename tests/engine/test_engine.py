@@ -16,6 +16,7 @@ from torch import nn
 from ds_tokimg.engine.engine import MAX_SKIPPED_IN_A_ROW
 from ds_tokimg.errors import TrainingError
 from tests.support.distributed import (
+    Tensors,
     TinyModule,
     cut,
     full_state,
@@ -91,7 +92,7 @@ def _train_with_padding(dist, stage):
     for step in range(STEPS):
         micro_batches = cut(make_batch(step), 0, 1, 2)
         if dist.rank == 1:
-            micro_batches = [{**m, "mask": torch.zeros_like(m["mask"])} for m in micro_batches]
+            micro_batches = [Tensors(m, mask=torch.zeros_like(m["mask"])) for m in micro_batches]
         losses.append(engine.train_batch(micro_batches).loss)
     return losses
 
