@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import secrets
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,18 @@ _BATCH_TEXTS = 1000
 _BATCH_CHARACTERS = 1_000_000
 
 _BYTE_ALPHABET = 256
+
+# Put before a text to see how it is written in the middle of another; the first that it does not merge with is taken.
+_LEADS = ("\n", ".", "a", "1")
+
+# New in every process, so that no text can hold them: what stands for the name of a control token that is text, and
+# for one that is a control token.
+_GUARD, _CONTROL = secrets.token_hex(12), secrets.token_hex(12)
+_SECRET = re.compile(f"{_GUARD}x(\\d+)x")
+
+
+class RefusedConversation(UserError, ValueError):
+    """A chat template that raises an error for a conversation: a bad record, or a user's mistake."""
 
 
 def load_tokenizer(path_or_name: str | Path):
@@ -109,16 +124,37 @@ def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tupl
     """Texts -> their ids end to end, int32 [total], and the length of each, int64 [len(texts)].
 
     Nothing is added: no BOS, no EOS. With `parse_special=False` a text that happens to contain `<|endoftext|>` is
-    spelt out as plain characters, so that no document can forge the end of a text; chat templates need True.
+    spelt out as plain characters, so that no document can forge the end of a text; chat templates need True, and
+    guard what their messages contain (`guarded`).
+
+    Raises UserError for a text that the tokenizer cannot write.
     """
     encode_batch = _batch_encoder(tokenizer, parse_special)
     values, lengths = array("i"), array("q")
     for batch in _batches(texts):
         # One text at a time: Python's integers are gone again before they fall out of the CPU's cache.
-        for ids in encode_batch(batch):
+        for ids in _all_or_error(tokenizer, encode_batch, batch):
             values.fromlist(ids)
             lengths.append(len(ids))
-    return np.array(values, dtype=np.int32), np.array(lengths, dtype=np.int64)
+    result = np.array(values, dtype=np.int32), np.array(lengths, dtype=np.int64)
+    return result if parse_special else _without_control(tokenizer, texts, *result)
+
+
+def encode_inside(tokenizer, text: str) -> np.ndarray:
+    """The ids of a text that goes on in the middle of another, int32 [n]: without the blank, or the mark of a word's
+    beginning, that many tokenizers put at the start of a text."""
+    if not text:
+        return np.zeros(0, np.int32)
+    plain = encode(tokenizer, [text])[0]
+    for lead in _LEADS:
+        before = encode(tokenizer, [lead])[0]
+        shown = tokenizer.decode(before) + text
+        if tokenizer.decode(np.concatenate([before, plain])) == shown:
+            return plain
+        whole = encode(tokenizer, [lead + text])[0]
+        if np.array_equal(whole[: len(before)], before) and tokenizer.decode(whole) == shown:
+            return whole[len(before) :]
+    return plain
 
 
 def _batch_encoder(tokenizer, parse_special: bool):
@@ -129,7 +165,144 @@ def _batch_encoder(tokenizer, parse_special: bool):
             "input_ids"
         ]
     backend.encode_special_tokens = not parse_special
-    return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
+    if not parse_special:
+        return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
+
+    def with_guards(batch: Sequence[str]):
+        plain = [text if _GUARD not in text else "" for text in batch]
+        found = backend.encode_batch_fast(plain, add_special_tokens=False)
+        for text, encoding in zip(batch, found, strict=True):
+            yield encoding.ids if _GUARD not in text else _spell(tokenizer, text)
+
+    return with_guards
+
+
+def _all_or_error(tokenizer, encode_batch, batch: Sequence[str]):
+    """The ids of each text. The Rust library raises plain exceptions, for example without token for unknown words."""
+    try:
+        yield from encode_batch(batch)
+    except UserError:
+        raise
+    except Exception as error:
+        for text in batch:
+            try:
+                list(encode_batch([text]))
+            except Exception as reason:
+                raise UserError(
+                    f"the tokenizer {_name(tokenizer)} cannot write the text {unguarded(tokenizer, text)[:60]!r}: "
+                    f"{reason}; give a --tokenizer_path that has a token for what is unknown"
+                ) from reason
+        raise UserError(f"the tokenizer {_name(tokenizer)} failed: {error}") from error
+
+
+def _name(tokenizer) -> str:
+    return repr(tokenizer.name_or_path or "(trained here)")
+
+
+# ---- control tokens that texts spell ----
+
+
+def control_tokens(tokenizer) -> dict[str, int]:
+    """Names and ids of the tokens that mean something beyond their characters: the end of a text, a chat's turns, …
+
+    The one for unknown words is none of them, unless it is also the end of a text.
+    """
+    return _control_tokens(tokenizer, len(tokenizer), tokenizer.eos_token)
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer, _number: int, _end: str) -> dict[str, int]:
+    """Found once for a tokenizer, until it gets others."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    tokens = {str(token): number for number, token in added.items() if token.special}
+    tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for unknown in (tokenizer.unk_token, getattr(getattr(backend, "model", None), "unk_token", None)):
+        if unknown is not None and unknown != tokenizer.eos_token:
+            tokens.pop(unknown, None)
+    return tokens
+
+
+def guarded(tokenizer, content: str) -> str:
+    """What goes into a chat template as someone's words: names of control tokens in it stay text when the whole is
+    encoded with `parse_special`. Unchanged where it holds none."""
+    names = list(control_tokens(tokenizer))
+    return _pattern(tuple(names)).sub(lambda match: _secret(names.index(match[0])), content) if names else content
+
+
+def unguarded(tokenizer, text: str) -> str:
+    """A text with `guarded` parts as people read it."""
+    if _GUARD not in text:
+        return text
+    names = list(control_tokens(tokenizer))
+    return _SECRET.sub(lambda match: names[int(match[1])], text)
+
+
+def _secret(number: int) -> str:
+    return f"{_GUARD}x{number}x"
+
+
+@lru_cache(maxsize=8)
+def _pattern(names: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+
+
+def _without_control(tokenizer, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray):
+    """The ids with no control token among them. Vocabularies of whole pieces (Unigram, WordLevel) hold their names as
+    pieces of text too: the texts in which one was found are spelt again without these."""
+    control = np.fromiter(control_tokens(tokenizer).values(), np.int32)
+    forged = np.flatnonzero(np.isin(ids, control))
+    if not len(forged):
+        return ids, lengths
+    ends = np.cumsum(lengths)
+    parts = np.split(ids, ends[:-1])
+    for i in np.unique(np.searchsorted(ends, forged, side="right")):
+        parts[i] = np.array(_spell(tokenizer, texts[i], plain=True), dtype=np.int32)
+        if tokenizer.eos_token_id in parts[i]:
+            raise UserError(
+                f"the tokenizer {_name(tokenizer)} writes words that it does not know as {tokenizer.eos_token!r}, its "
+                f"end-of-text token; one is in the text {texts[i][:60]!r}: use a tokenizer with another token for them"
+            )
+    return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
+
+
+def _spell(tokenizer, text: str, plain: bool = False) -> list[int]:
+    """The ids of one text by a copy of the tokenizer whose control tokens go by names that no text can hold.
+
+    `plain`: nothing in the text is a control token; otherwise what is not `guarded` is.
+    """
+    names = tuple(control_tokens(tokenizer))
+    backend = _backend(tokenizer)
+    if backend is None:
+        raise UserError(
+            f"the tokenizer {_name(tokenizer)} cannot keep the name of a control token as text, in "
+            f"{unguarded(tokenizer, text)[:60]!r}: leave that text out, or use a tokenizer with a tokenizer.json"
+        )
+    if not plain:
+        marked = _pattern(names).sub(lambda match: f"{_CONTROL}x{names.index(match[0])}x", text)
+        text = unguarded(tokenizer, marked)
+    return _renamed(backend.to_str(), names).encode(text, add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=2)
+def _renamed(definition: str, names: tuple[str, ...]):
+    """A tokenizer like the one that is defined, in which control tokens are called by `_CONTROL` and their number."""
+    from tokenizers import Tokenizer
+
+    new = {name: f"{_CONTROL}x{number}x" for number, name in enumerate(names)}
+    content = json.loads(definition)
+    model = content["model"]
+    for token in content["added_tokens"]:
+        token["content"] = new.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new.get(piece, piece): number for piece, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[new.get(piece, piece), score] for piece, score in model["vocab"]]
+    if "merges" in model:
+        pairs = ((pair, pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"])
+        model["merges"] = [pair for pair, parts in pairs if not {"".join(parts), *parts} & new.keys()]
+    content["post_processor"] = None  # it adds control tokens, which is never asked for
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _backend(tokenizer):
@@ -163,14 +336,15 @@ def require_chat_template(tokenizer) -> None:
         )
 
 
-def chat_format(tokenizer, prompt: str, answer: str) -> tuple[str, str]:
-    """A prompt/answer pair in the chat template: (all up to where the assistant speaks, the rest).
+def chat_format(tokenizer, messages: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """A conversation as (role, content) in the chat template: (all up to where the assistant's last message begins,
+    the rest), with `guarded` contents.
 
-    The rest comes without the template's own end-of-text, which the caller appends as an id.
+    The rest comes without the template's own end-of-text, which the caller appends as an id. Raises UserError for a
+    template that cannot write it.
     """
-    user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
-    opening = chat_prompt(tokenizer, prompt)
-    whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    opening = _rendered(tokenizer, messages[:-1], add_generation_prompt=True)
+    whole = _rendered(tokenizer, messages)
     if not whole.startswith(opening):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} writes a conversation differently once the "
@@ -184,8 +358,18 @@ def chat_format(tokenizer, prompt: str, answer: str) -> tuple[str, str]:
 
 def chat_prompt(tokenizer, prompt: str) -> str:
     """A prompt in the tokenizer's chat template, up to where the assistant speaks."""
-    message = {"role": "user", "content": prompt}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return _rendered(tokenizer, [("user", prompt)], add_generation_prompt=True)
+
+
+def _rendered(tokenizer, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
+    written = [{"role": role, "content": guarded(tokenizer, content)} for role, content in messages]
+    try:
+        return tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # templates raise what they like, for example for a role that they do not know
+        roles = ", ".join(role for role, _ in messages)
+        raise UserError(
+            f"the chat template of {_name(tokenizer)} refuses a conversation of {roles}: {error}"
+        ) from error
 
 
 def encode_prompt(tokenizer, prompt: str, use_chat_template: bool = False) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ds_tokimg.data import corpus as corpora
-from ds_tokimg.data import records
+from ds_tokimg.data import files
 from ds_tokimg.data.corpus import TokenStream, default_cache_dir, load_corpus, read_texts
 from ds_tokimg.errors import UserError
 from ds_tokimg.tokens.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
@@ -89,7 +89,7 @@ def test_workers_and_groups_do_not_change_the_corpus(tokenizer, tmp_path, monkey
     path = tmp_path / "data.txt"
     path.write_text("\n".join(f"line {i} " + "word " * (i % 50) for i in range(2000)))
     one = load_corpus(path, tokenizer, cache_dir=tmp_path / "one", num_proc=1)
-    monkeypatch.setattr(records, "_GROUP_BYTES", 9000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 9000)
     two = load_corpus(path, tokenizer, cache_dir=tmp_path / "two", num_proc=2)
     assert len(one.tokens.buffers) == 1 and len(two.tokens.buffers) > 20
     assert np.array_equal(one.tokens.read(0, len(one.tokens)), two.tokens.read(0, len(two.tokens)))
@@ -98,7 +98,7 @@ def test_workers_and_groups_do_not_change_the_corpus(tokenizer, tmp_path, monkey
 
 
 def test_blank_parts_of_a_corpus_do_no_harm(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_GROUP_BYTES", 1000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
     path = tmp_path / "data.txt"
     path.write_text("\n" * 5000 + "one\n" + "\n" * 5000 + "two\n")
     corpus = load_corpus(path, tokenizer, cache_dir=tmp_path / "cache", num_proc=2)
@@ -106,7 +106,7 @@ def test_blank_parts_of_a_corpus_do_no_harm(tokenizer, tmp_path, monkeypatch):
 
 
 def test_bad_record_in_a_worker_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_GROUP_BYTES", 1000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
     path = tmp_path / "data.jsonl"
     path.write_text('"fine"\n' * 900 + "{}\n")
     for workers in (1, 2):
@@ -215,7 +215,7 @@ def test_token_stream_reads_across_buffers():
 
 
 def test_read_texts_takes_an_even_part_of_a_large_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_GROUP_BYTES", 700)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 700)
     path = tmp_path / "data.txt"
     path.write_text("".join(f"{i:06}\n" for i in range(10_000)))
     taken = [int(text) for text in read_texts(path, max_bytes=7000)]

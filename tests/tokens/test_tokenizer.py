@@ -178,7 +178,7 @@ def test_chat_format_splits_where_the_assistant_speaks(trained):
         require_chat_template(tokenizer)
     tokenizer.chat_template = TEMPLATE
     require_chat_template(tokenizer)
-    opening, reply = chat_format(tokenizer, "Why?", "Because.")
+    opening, reply = chat_format(tokenizer, [("user", "Why?"), ("assistant", "Because.")])
     assert (opening, reply) == (f"<user>Why?{END_OF_TEXT}\n<assistant>", "Because.")
     expected = tokenizer(opening, add_special_tokens=False)["input_ids"]
     assert encode_prompt(tokenizer, "Why?", use_chat_template=True).tolist() == expected
@@ -189,12 +189,12 @@ def test_a_template_that_rewrites_the_prompt_is_refused(trained):
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="cannot be told apart"):
-        chat_format(tokenizer, "Why?", "Because.")
+        chat_format(tokenizer, [("user", "Why?"), ("assistant", "Because.")])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm2"])
 def test_chat_format_of_real_templates(shared_tokenizers, name):
     tokenizer = AutoTokenizer.from_pretrained(shared_tokenizers / name)
-    opening, reply = chat_format(tokenizer, "Define: floor", "a lower limit")
+    opening, reply = chat_format(tokenizer, [("user", "Define: floor"), ("assistant", "a lower limit")])
     assert opening.endswith("<|im_start|>assistant\n") and "Define: floor<|im_end|>" in opening
     assert reply.endswith("a lower limit") and "<|im_end|>" not in reply
