@@ -9,7 +9,7 @@ from pathlib import Path
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import WEIGHTS, load_trained
 from ds_tokimg.inference.sampler import MAX_STEPS, SAMPLERS, STEPS_PER_TOKEN, SamplingOptions
-from ds_tokimg.inference.texts import generate, infill, save_images, show
+from ds_tokimg.inference.texts import generate, infill, read_prompts, save_images, show
 from ds_tokimg.settings.config import Parser
 
 
@@ -82,12 +82,7 @@ def _prompts(arguments) -> list[str | None]:
         raise UserError(f"--num_samples {arguments.num_samples}: at least 1")
     prompts = [arguments.prompt]
     if arguments.prompt_file is not None:
-        try:
-            prompts = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file {arguments.prompt_file}: {error}") from None
-        if not prompts:
-            raise UserError(f"--prompt_file {arguments.prompt_file}: no prompt in it")
+        prompts = read_prompts(arguments.prompt_file)
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 

@@ -50,7 +50,7 @@ def check(folder: Path) -> list[str]:
         if checksum != _checksum(manifest):
             raise ValueError("it was changed")
         files, told = manifest["files"], manifest["told"]
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCache(f"{folder / MANIFEST}: {error}") from None
     for name, stamp in files.items():
         _check_file(folder / name, stamp)

@@ -67,7 +67,9 @@ def _unpacked(path: str, compression: str | None) -> BinaryIO:
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 16)
-    return {None: open, "gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression](path, "rb")
+    if compression is None:
+        return open(path, "rb", buffering=1 << 20)  # lines of any length are read in pieces of this size
+    return {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression](path, "rb")
 
 
 def blocks(span: Span) -> Iterator[tuple[int, bytes]]:

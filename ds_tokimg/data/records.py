@@ -152,13 +152,13 @@ def is_blank(record: Record) -> bool:
 class Tally:
     """What reading came upon that a person should know; sums over the parts of a corpus.
 
-    bad: records left out, the first of them with its problem. lines: texts that were a line of a text file.
+    bad: records left out. example: one of them, with its problem. lines: texts that were a line of a text file.
     broken_off: those of them that are shorter than a line of prose and end without an end of sentence.
     """
 
     skip_bad: bool = False
     bad: int = 0
-    first_bad: str = ""
+    example: str = ""
     lines: int = 0
     broken_off: int = 0
 
@@ -167,7 +167,7 @@ class Tally:
         if not self.skip_bad:
             raise UserError(f"{where()}: {problem} (--skip_bad_records leaves bad records out)")
         self.bad += 1
-        self.first_bad = self.first_bad or f"{where()}: {problem}"
+        self.example = self.example or f"{where()}: {problem}"
 
     def count_lines(self, lines: list[str]) -> None:
         """Texts that are lines of a text file."""
@@ -175,14 +175,14 @@ class Tally:
         self.broken_off += sum(len(line) < _LINE_OF_PROSE and not line.rstrip().endswith(_ENDS) for line in lines)
 
     def add(self, other: Tally) -> None:
-        self.bad, self.first_bad = self.bad + other.bad, self.first_bad or other.first_bad
+        self.bad, self.example = self.bad + other.bad, self.example or other.example
         self.lines, self.broken_off = self.lines + other.lines, self.broken_off + other.broken_off
 
     def notes(self, name: str) -> list[str]:
         """One line for each thing to know about the corpus `name`."""
         notes = []
         if self.bad:
-            notes.append(f"{name}: {self.bad:,} bad record(s) left out, the first: {self.first_bad}")
+            notes.append(f"{name}: {self.bad:,} bad record(s) left out, for example: {self.example}")
         if self.lines >= 20 and self.broken_off > self.lines / 2:
             notes.append(
                 f"{name}: {self.broken_off:,} of {self.lines:,} texts are lines of less than {_LINE_OF_PROSE} "

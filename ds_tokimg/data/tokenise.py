@@ -53,9 +53,11 @@ class Tokenise:
         """(record, prompt that conditions, text that is scored) of each record of a group."""
         for record in self.source.read(group, tally):
             try:
-                yield record, *self._scored(record)
+                scored = self._scored(record)
             except ValueError as error:
                 tally.reject(lambda: self.source.groups[group][0].path, str(error))
+            else:
+                yield record, *scored
 
     def _documents(self, found: list[tuple[Record, str, str]]):
         """Records -> an Arrow table of their documents."""

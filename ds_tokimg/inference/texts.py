@@ -44,6 +44,18 @@ def generate(
     return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
 
 
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt a line of a UTF-8 file. Lines end in \\n or \\r\\n alone: whatever else breaks lines on a screen is
+    part of a prompt. Raises UserError for a file that cannot be read or holds none."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file {path}: {error}") from None
+    if not text:
+        raise UserError(f"--prompt_file {path}: no prompt in it")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
 def infill(trained: TrainedModel, text: str, options: SamplingOptions, count: int = 1) -> list[dict]:
     """`count` fillings of a text with gaps (`<gap:N>`, N tokens each): dicts as those of `generate`.
 
@@ -72,8 +84,8 @@ def _known_tokens(trained: TrainedModel, text: str) -> tuple[dict[int, int], int
     if not any(gaps):
         raise UserError(f"--infill {text[:40]!r}: no gap to fill; write one of 8 tokens as <gap:8>")
     known, place = {}, 0
-    for piece, gap in zip(pieces[::2], [*gaps, 0], strict=True):
-        ids = tokenizers.encode(trained.tokenizer, [piece])[0].tolist()
+    for number, (piece, gap) in enumerate(zip(pieces[::2], [*gaps, 0], strict=True)):
+        ids = tokenizers.encode_part(trained.tokenizer, piece, inside=number > 0).tolist()
         known |= dict(enumerate(ids, start=place))
         place += len(ids) + gap
     return known, place
@@ -86,6 +98,10 @@ def _report(invalid: int) -> None:
 
 def _prompt_ids(trained: TrainedModel, prompt: str) -> list[int]:
     ids = tokenizers.encode_prompt(trained.tokenizer, prompt, trained.format.use_chat_template).tolist()
+    seen = trained.format.max_tokens
+    if trained.format.enable_condition and len(ids) > seen:  # as in training
+        print(f"the prompt {prompt[:40]!r}… has {len(ids):,} tokens; the last {seen:,} of them are seen (max_tokens)")
+        return ids[-seen:]
     capacity = trained.layout.codec.capacity(trained.layout.img_size)
     if len(ids) > capacity:
         raise UserError(f"the prompt {prompt[:40]!r}… has {len(ids)} tokens; an image holds {capacity}: shorten it")

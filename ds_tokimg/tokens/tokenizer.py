@@ -140,20 +140,25 @@ def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tupl
     return result if parse_special else _without_control(tokenizer, texts, *result)
 
 
-def encode_inside(tokenizer, text: str) -> np.ndarray:
-    """The ids of a text that goes on in the middle of another, int32 [n]: without the blank, or the mark of a word's
-    beginning, that many tokenizers put at the start of a text."""
-    if not text:
-        return np.zeros(0, np.int32)
+def encode_part(tokenizer, text: str, inside: bool) -> np.ndarray:
+    """The ids of a part of a text, int32 [n]. `inside`: it does not begin the text, so it gets no blank (or mark of a
+    word's beginning) that it does not have, which many tokenizers put at the start.
+
+    Says so where the tokenizer cannot write the part as it is.
+    """
     plain = encode(tokenizer, [text])[0]
-    for lead in _LEADS:
+    if not text or (not inside and tokenizer.decode(plain) == text):
+        return plain
+    for lead in _LEADS if inside else ():
         before = encode(tokenizer, [lead])[0]
-        shown = tokenizer.decode(before) + text
-        if tokenizer.decode(np.concatenate([before, plain])) == shown:
+        if tokenizer.decode(before) != lead:
+            continue
+        if tokenizer.decode(np.concatenate([before, plain])) == lead + text:
             return plain
         whole = encode(tokenizer, [lead + text])[0]
-        if np.array_equal(whole[: len(before)], before) and tokenizer.decode(whole) == shown:
+        if np.array_equal(whole[: len(before)], before) and tokenizer.decode(whole) == lead + text:
             return whole[len(before) :]
+    print(f"the tokenizer writes {text!r} as {tokenizer.decode(plain)!r}")
     return plain
 
 
@@ -294,6 +299,8 @@ def _renamed(definition: str, names: tuple[str, ...]):
     model = content["model"]
     for token in content["added_tokens"]:
         token["content"] = new.get(token["content"], token["content"])
+    if model.get("unk_token") in new:  # where it is also the end of a text
+        model["unk_token"] = new[model["unk_token"]]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {new.get(piece, piece): number for piece, number in model["vocab"].items()}
     else:
@@ -367,7 +374,7 @@ def _rendered(tokenizer, messages: Sequence[tuple[str, str]], add_generation_pro
         return tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # templates raise what they like, for example for a role that they do not know
         roles = ", ".join(role for role, _ in messages)
-        raise UserError(
+        raise RefusedConversation(
             f"the chat template of {_name(tokenizer)} refuses a conversation of {roles}: {error}"
         ) from error
 
