@@ -8,8 +8,8 @@ tokenizer makes another corpus of it (bits per byte compare, bits per token do n
 
 Every run adds a line to benchmarks/learning.jsonl; `--table` prints all lines as the table of learning.md. All systems
 share blocks, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward and
-backward) times parameters of the blocks; a forward alone, as in self-conditioning, counts for a third, and the way
-between neighbouring tokens of patches that hold several as the share of the blocks that it costs.
+backward) times parameters of the blocks; the way between neighbouring tokens of patches that hold several counts as
+the share of the blocks that it costs.
 """
 
 import argparse
@@ -118,8 +118,6 @@ class Ours:
         if self.module.model.neighbours is not None:
             per_token = _parameters(self.module.model.neighbours) + _parameters(self.module.model.token_mlp)
             computed += batch["ids"].numel() * per_token / _parameters(blocks)
-        if "self_condition" in batch:
-            computed *= 4 / 3
         return result["loss_sum"] / self.module.count(batch), computed
 
     def write(self, count: int, length: int, steps: int | None, eta: float) -> list[list[int]]:
@@ -260,7 +258,7 @@ def train(system, arguments) -> dict:
     """Spends the budget and measures: bits of the averaged weights, tokens, seconds, positions."""
     settings = {"lr": arguments.lr, "betas": [0.9, 0.95], "weight_decay": 0.01}
     block = {"type": arguments.optimizer, "params": settings}
-    optimizer = build_optimizer(list(system.module.parameters()), block, [EMA_DECAY])
+    optimizer = build_optimizer(list(system.module.parameters()), block, EMA_DECAY)
     sampler = TrainBatchSampler(system.parts.train_set.lengths, arguments.batch, arguments.seed)
     module, step, positions, tokens, begun, losses = system.module, 0, 0.0, 0, time.perf_counter(), []
     steps = None

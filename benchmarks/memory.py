@@ -26,7 +26,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ds_tokimg.settings import engine_json  # noqa: E402
-from ds_tokimg.settings.config import TrainConfig  # noqa: E402
+from ds_tokimg.settings.command_line import train_config  # noqa: E402
 from tests.support.distributed import run_ranks  # noqa: E402
 
 STEPS = 2
@@ -103,7 +103,7 @@ def forecast(dist, arguments: list[str], ranks: int) -> dict:
     from ds_tokimg.training.forecast import make_plan
 
     machine = engine_json.Machine(ranks, "cpu", bf16=False, fp16=False)
-    return make_plan(TrainConfig.from_args(arguments), settings_of(0), machine)
+    return make_plan(train_config(arguments), settings_of(0), machine)
 
 
 def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
@@ -117,7 +117,7 @@ def measure(dist, arguments: list[str], stage: int, keep: bool) -> int:
         keep_freed_memory()
     else:
         return_freed_memory()
-    config = TrainConfig.from_args(arguments)
+    config = train_config(arguments)
     parts = assemble(config, dist, None)
     settings, _ = engine_json.resolve(settings_of(stage), config, machine_capabilities(), parts.steps_per_epoch)
     batch = longest_batch(parts, settings["train_micro_batch_size_per_gpu"])

@@ -194,12 +194,12 @@ def measure(dist, stage: int) -> dict:
 def make_engine(dist, stage: int):
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
     from ds_tokimg.settings import engine_json
-    from ds_tokimg.settings.config import TrainConfig
+    from ds_tokimg.settings.command_line import train_config
     from ds_tokimg.training.assemble import assemble
     from ds_tokimg.training.forecast import longest_batch
 
     data = ["--data_path", str(ROOT / "data" / "web_narrative.txt")]
-    config = TrainConfig.from_args([*data, *FLAGS, "--train_batch_size", str(MICRO_BATCH * dist.world_size)])
+    config = train_config([*data, *FLAGS, "--train_batch_size", str(MICRO_BATCH * dist.world_size)])
     parts = assemble(config, dist, None)
     raw = json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
     settings, _ = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch)

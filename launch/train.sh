@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment (once) and trains on the bundled corpus. Further flags go to the trainer:
-#   bash launch/train.sh --epochs 8 --output_dir runs/longer
+#   bash launch/train.sh --recipe left-to-right --epochs 8 --output_dir runs/longer
 # RANKS=N starts N ranks; without it, one on a CPU and one per GPU elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,8 +11,6 @@ if ! command -v nvidia-smi >/dev/null; then
 fi
 deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} --module ds_tokimg train \
     --data_path data/web_narrative.txt \
-    --model JiT-XS/2 --token_size 2 --block_size 1 --noisy_depth 1 --timesteps noisy --max_tokens 256 \
-    --epochs 1 --lr 3e-3 --batch_size 2 \
     --eval_interval 400 --save_interval 400 \
     --output_dir "runs/$(date +%Y%m%d-%H%M%S)" \
     "$@" &

@@ -10,7 +10,7 @@ from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.text_format import absolute, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import WEIGHTS, TrainedModel, load_trained
-from ds_tokimg.settings.config import Parser
+from ds_tokimg.settings.command_line import Parser, path
 from ds_tokimg.training.bound import DEFAULT_LEVELS, Bound, bound_of
 from ds_tokimg.training.objective import TrainingLoss
 
@@ -43,9 +43,15 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ds_tokimg evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
-    add("--data_path", required=True, metavar="PATH", help="texts, in any form that train takes")
-    add("--json", metavar="FILE", help="write the figures there")
+    add(
+        "--checkpoint",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="a checkpoint, a run's folder (its best one) or an export",
+    )
+    add("--data_path", type=path, required=True, metavar="PATH", help="texts, in any form that train takes")
+    add("--json", type=path, metavar="FILE", help="write the figures there")
     add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
     add(
         "--split",
@@ -66,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the bound of sampling in many small steps to the end, also where generate draws tokens earlier",
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
-    add("--cache_dir", metavar="DIR", help="where tokenised data is cached")
+    add("--cache_dir", type=path, metavar="DIR", help="where tokenised data is cached")
     add("--device", default="cpu", help="where to compute (default: cpu)")
     return parser
 

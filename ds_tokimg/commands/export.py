@@ -12,7 +12,7 @@ from pathlib import Path
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.export import export
 from ds_tokimg.inference.loading import WEIGHTS, load_trained
-from ds_tokimg.settings.config import Parser
+from ds_tokimg.settings.command_line import Parser, path
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ds_tokimg export", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run's folder (its best one)")
-    add("--output", required=True, metavar="DIR", help="a new folder")
+    add("--checkpoint", type=path, required=True, metavar="DIR", help="a checkpoint, or a run's folder (its best one)")
+    add("--output", type=path, required=True, metavar="DIR", help="a new folder")
     add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
     return parser

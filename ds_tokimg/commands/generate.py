@@ -10,7 +10,7 @@ from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import WEIGHTS, load_trained
 from ds_tokimg.inference.sampler import MAX_STEPS, SAMPLERS, STEPS_PER_TOKEN, SamplingOptions
 from ds_tokimg.inference.texts import generate, infill, read_prompts, save_images, show
-from ds_tokimg.settings.config import Parser
+from ds_tokimg.settings.command_line import Parser, path
 
 
 def main(argv: list[str]) -> int:
@@ -36,9 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ds_tokimg generate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     defaults = SamplingOptions()
-    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's folder (its best one) or an export")
+    add(
+        "--checkpoint",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="a checkpoint, a run's folder (its best one) or an export",
+    )
     add("--prompt", metavar="TEXT", help="what to answer, or, without conditions in training, to continue")
-    add("--prompt_file", metavar="FILE", help="one prompt a line")
+    add("--prompt_file", type=path, metavar="FILE", help="one prompt a line")
     add("--infill", metavar="TEXT", help="fill gaps of N tokens, written <gap:N>; all else stays as it is")
     add("--num_samples", type=int, default=1, metavar="N", help="texts, per prompt (default: 1)")
     add(
@@ -66,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=defaults.seed, metavar="N", help="default: %(default)s")
     add("--max_new_tokens", type=int, metavar="N", help="length to write at most (default: the image, or the answer)")
     add("--batch_size", type=int, default=defaults.batch_size, metavar="N", help="texts at a time")
-    add("--save_images", metavar="DIR", help="write the images there, as PNG")
-    add("--json", metavar="FILE", help="write the texts there")
+    add("--save_images", type=path, metavar="DIR", help="write the images there, as PNG")
+    add("--json", type=path, metavar="FILE", help="write the texts there")
     add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
     add("--device", default="cpu", help="where to compute (default: cpu)")
     return parser

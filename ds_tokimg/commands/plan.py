@@ -11,17 +11,18 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
-from ds_tokimg.settings.config import build_parser, parse
+from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
 
 GIGABYTE = 1e9
 
 
 def main(argv: list[str]) -> int:
-    config, arguments = parse(_parser(), argv)
+    config, arguments = parse(_parser(argv), argv)
     if config.resume is not None:
         raise UserError("plan shows a run from its first step: leave --resume out")
     raw = engine_json.read(config.deepspeed_config)
@@ -40,13 +41,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = build_parser("plan", "Show what a training run would do and need, without training.")
+def _parser(argv: Sequence[str] = ()) -> Parser:
+    parser = build_parser("plan", "Show what a training run would do and need, without training.", argv)
     group = parser.add_argument_group("plan")
     group.add_argument("--world_size", type=int, metavar="N", help="ranks of the run (default: 1)")
     group.add_argument("--accelerator", choices=("cpu", "cuda"), help="plan for it (default: this machine's)")
     group.add_argument("--memory_gb", type=float, metavar="X", help="memory of a rank in GB, to find the micro-batch")
-    group.add_argument("--json", metavar="FILE", help="write the plan there, in bytes and whole numbers")
+    group.add_argument("--json", type=path, metavar="FILE", help="write the plan there, in bytes and whole numbers")
     return parser
 
 
@@ -72,6 +73,8 @@ def as_text(plan: dict) -> str:
     left_out = f" ({data['images_left_out']:,} left out of an epoch)" if data["images_left_out"] else ""
     warmup = f", warm-up {schedule['warmup_steps']:,}" if schedule["warmup_steps"] else ""
     lines = [
+        f"recipe      {plan['recipe']}",
+        *plan["automatic"],
         f"data        {data['documents']:,} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens",
         f"images      {data['images']:,} to train on{left_out}, {data['eval_images']:,} held out; "
         f"{data['tokens_per_image']:.1f} of {data['max_tokens']:,} tokens an image",

@@ -12,12 +12,12 @@ import sys
 from ds_tokimg.engine.allocator import keep_freed_memory
 from ds_tokimg.errors import TrainingError, UserError, raise_problems
 from ds_tokimg.settings import engine_json
-from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.engine_schema import check
 
 
 def main(argv: list[str]) -> int:
-    config = TrainConfig.from_args(argv)
+    config = train_config(argv)
     raw = engine_json.read(config.deepspeed_config)
     raise_problems(f"{config.deepspeed_config} cannot be used:", check(raw))
     keep_freed_memory()

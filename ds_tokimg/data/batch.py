@@ -50,7 +50,6 @@ class BatchMaker:
         patch_noise: share of the samples in which every patch has a noise level of its own.
         block_size: patches that have a noise level in common and see the clean ones before them; 0: the whole image.
         condition_drop: probability that a sample's condition is hidden; None when the model has no conditions.
-        self_conditioning: probability that a sample sees the model's own first prediction.
         in_turn: share of the samples in which tokens are predicted in turn (`JiT.predict`).
         canvas: with conditions, the largest number of patches an answer is generated on. An answer is filled up with
             `eos_id` to the end of its last patch, and in every second sample on average further, up to a random
@@ -64,18 +63,13 @@ class BatchMaker:
         seed: int,
         patch_noise: float = 0.0,
         condition_drop: float | None = None,
-        self_conditioning: float = 0.0,
         block_size: int = 0,
         canvas: int = 0,
         eos_id: int = 0,
         in_turn: float = 0.0,
     ):
         self.layout, self.timesteps, self.seed = layout, timesteps, seed
-        self.patch_noise, self.condition_drop, self.self_conditioning = (
-            patch_noise,
-            condition_drop,
-            self_conditioning,
-        )
+        self.patch_noise, self.condition_drop = patch_noise, condition_drop
         self.block_size, self.canvas, self.eos_id, self.in_turn = block_size, canvas, eos_id, in_turn
 
     def __call__(self, dataset, indices, positions, epoch: int) -> dict[str, Tensor]:
@@ -94,9 +88,6 @@ class BatchMaker:
         if self.condition_drop is not None:
             prompts = [self._prompt(dataset, epoch, int(i)) for i in indices]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts or [np.zeros(0, np.int64)])
-        if self.self_conditioning:
-            draws = [generator(self.seed, Stream.SELF_CONDITIONING, epoch, int(i)).random() for i in indices]
-            batch["self_condition"] = torch.tensor([d < self.self_conditioning for d in draws] or [False])
         return batch
 
     def _on_canvas(self, dataset, epoch: int, index: int) -> np.ndarray:

@@ -13,12 +13,11 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a draw is for; each purpose has a stream of its own."""
+    """What a draw is for; each purpose has a stream of its own. The numbers stay: a seed gives what it gave."""
 
     NOISE = 0
     TIMESTEP = 1
     CONDITION_DROP = 2
-    SELF_CONDITIONING = 3
     CANVAS = 4
     VALIDATION = 5
     GENERATION = 6

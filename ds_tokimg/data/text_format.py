@@ -32,23 +32,14 @@ class TextFormat:
 
     @classmethod
     def of_run(cls, config: TrainConfig, tokenizer, canvas: int) -> TextFormat:
-        same = (
-            "block_size",
-            "packing",
-            "enable_condition",
-            "use_chat_template",
-            "eval_fraction",
-            "objective",
-            "timesteps",
-        )
-        return cls(
+        return config.part(
+            cls,
             max_tokens=config.max_tokens or config.capacity,
             canvas=canvas,
             eos_id=tokenizer.eos_token_id,
             tokenizer=tokenizers.fingerprint(tokenizer),
             data_path=absolute(config.data_path),
             eval_data_path=config.eval_data_path and absolute(config.eval_data_path),
-            **{name: getattr(config, name) for name in same},
         )
 
     def description(self) -> str:

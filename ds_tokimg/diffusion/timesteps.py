@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ds_tokimg.choices import TIMESTEPS
 from ds_tokimg.diffusion.band import bound_range, readable_band
 from ds_tokimg.diffusion.path import MIN_TIMESTEP, NUM_TIMESTEPS, alpha_sigma, log_snr, timestep_of_log_snr
 
-TIMESTEP_SAMPLERS = ("band", "uniform", "logit_normal", "entropic", "noisy")
 # Of the draws of `noisy`, those at the noisy end of the band.
 NOISY_SHARE = 0.75
 
@@ -19,15 +17,14 @@ class TimestepSampler:
     """Turns uniform numbers in [0, 1) into timesteps, and knows the density with which it does.
 
     `band`: log-SNR uniform over the codec's readable band. `uniform`: integer t, uniform (the reference system).
-    `logit_normal`: sigmoid of a normal with mean -0.8 and deviation 0.8 as the share of signal (JiT, section 4; its
-    time runs from noise to data). `entropic` begins as `band` and is then moved by `diffusion.schedule`, while samples
-    are used. `noisy`: three quarters of the draws at the band's noisy end, where only the context tells a token, the
-    others as `band`; the density of these two is given as that of the band.
+    `entropic` begins as `band` and is then moved by `diffusion.schedule`, while samples are used. `noisy`: three
+    quarters of the draws at the band's noisy end, where only the context tells a token, the others as `band`; the
+    density of these two is given as that of the band.
     """
 
     def __init__(self, kind: str, radix: int):
-        if kind not in TIMESTEP_SAMPLERS:
-            raise ValueError(f"unknown timesteps {kind!r}; available: {', '.join(TIMESTEP_SAMPLERS)}")
+        if kind not in TIMESTEPS:
+            raise ValueError(f"unknown timesteps {kind!r}; available: {', '.join(TIMESTEPS)}")
         self.kind = kind
         self.band, self.bound_range = readable_band(radix), bound_range(radix)
 
@@ -35,9 +32,6 @@ class TimestepSampler:
         """u in [0, 1), float64 or float32, any shape -> timesteps in [0, 1000), float32."""
         if self.kind == "uniform":
             return (u * NUM_TIMESTEPS).floor().float()
-        if self.kind == "logit_normal":
-            normal = math.sqrt(2) * torch.erfinv(2 * u.double().clamp(1e-6, 1 - 1e-6) - 1)
-            return (NUM_TIMESTEPS * torch.sigmoid(-(-0.8 + 0.8 * normal))).float()
         if self.kind == "noisy":
             u = ((u - NOISY_SHARE) / (1 - NOISY_SHARE)).clamp(min=0)
         value = self.band.low + (self.band.high - self.band.low) * u
@@ -46,13 +40,8 @@ class TimestepSampler:
     def density(self, t: Tensor) -> Tensor:
         """Probability density of log-SNR at timestep t (any shape), float32."""
         alpha, sigma = alpha_sigma(t.float().clamp(MIN_TIMESTEP, NUM_TIMESTEPS - MIN_TIMESTEP))
-        slope = 0.5 * alpha * sigma  # |d(t/1000) / d(log SNR)|
         if self.kind == "uniform":
-            return slope
-        if self.kind == "logit_normal":
-            logit = alpha.log() - sigma.log()
-            # logit = log_snr / 2, hence the factor 1/2 of the change of variables.
-            return torch.exp(-0.5 * ((logit + 0.8) / 0.8) ** 2) / (0.8 * math.sqrt(2 * math.pi)) * 0.5
+            return 0.5 * alpha * sigma  # |d(t/1000) / d(log SNR)|
         return self.band.holds(log_snr(t)) / (self.band.high - self.band.low)
 
     def elbo_weight(self, t: Tensor, density: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
     OUTPUT/checkpoints/
       step_00001000/            the engine's own files, and
         model.safetensors       trained weights, fp32, whole
-        ema_0.9999.safetensors  averaged weights, one file per decay
+        ema_0.9999.safetensors  averaged weights, named for their decay
         trainer_state.json      step, epoch, consumed samples, best value, ..., and the engine's layout
         rng.pt                  states of torch's, numpy's and Python's generators, per rank
         manifest.json           size and CRC-32 of each file; a folder without one is not a checkpoint
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ds_tokimg.engine import elastic
+from ds_tokimg.engine.optimizer import average_key
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import FP32
 from ds_tokimg.errors import TrainingError, UserError
@@ -129,20 +130,14 @@ def load_weights(checkpoint: str | Path, which: str = "ema", prefix: str = "mode
     """Whole fp32 weights of a checkpoint, by parameter name, on the CPU.
 
     Args:
-        which: "ema" for the averaged weights (of the run's first decay; the trained ones when it kept none), "trained",
-            or a decay such as "0.9999".
+        which: "ema" for the averaged weights (the trained ones when the run kept no average), or "trained".
         prefix: taken off the names that have it, so that they are those of the model inside the trained module.
 
-    Raises UserError for a folder that is no checkpoint or has no such weights, or when the file is damaged.
+    Raises UserError for a folder that is no checkpoint, or when the file is damaged.
     """
     checkpoint = Path(checkpoint)
-    decays = read_state(checkpoint).get("engine", {}).get("ema_decay", [])
-    if which == "ema":
-        which = str(decays[0]) if decays else "trained"
-    name = WEIGHTS if which == "trained" else f"ema_{which}.safetensors"
-    if not (checkpoint / name).is_file():
-        known = ", ".join(["trained", *map(str, decays)])
-        raise UserError(f"{checkpoint} has no weights {which!r}; available: {known}")
+    decay = read_state(checkpoint).get("engine", {}).get("ema_decay", 0)
+    name = f"{average_key(decay)}.safetensors" if which == "ema" and decay else WEIGHTS
     problem = verify(checkpoint, [name])
     if problem:
         raise UserError(f"{checkpoint} is damaged: {problem}; use another checkpoint of the run")
@@ -261,10 +256,11 @@ def _save_weights(engine: TrainEngine, folder: Path) -> None:
     shards, keys = engine.shards, engine.shards.keys
     persistent = engine.module.state_dict().keys()
     buffers = {name: b.cpu() for name, b in engine.module.named_buffers() if name in persistent}
-    for name, key in {WEIGHTS: FP32, **{f"{k}.safetensors": k for k in engine.optimizer.averages}}.items():
+    average = engine.optimizer.average
+    for name, key in {WEIGHTS: FP32, **({f"{average}.safetensors": average} if average else {})}.items():
         weights = {}
         for param_name, param in shards.params.items():
-            # Before the first step an average is the weights themselves.
+            # Before the first step the average is the weights themselves.
             value = shards.full(param, key if key in keys else FP32)
             if engine.dist.rank == 0:
                 weights[param_name] = value.detach().float().cpu().contiguous()

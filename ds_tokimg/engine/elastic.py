@@ -204,7 +204,7 @@ def _fill(engine: TrainEngine, universal: Path) -> None:
     updates = int(common["optimizer_state_dict"]["state"][0]["step"])
     folders = {name: universal / "zero" / name for name in engine.shards.params}
     found = {path.stem for folder in folders.values() for path in folder.glob("*.pt")} - {FP32, "step"}
-    keys = sorted(k for k in found if not k.startswith(AVERAGE_PREFIX) or k in engine.optimizer.averages)
+    keys = sorted(k for k in found if not k.startswith(AVERAGE_PREFIX) or k == engine.optimizer.average)
     if updates > 0:
         engine.shards.allocate(keys, updates)
     for name, param in engine.shards.params.items():

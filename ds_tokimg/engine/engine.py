@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_tokimg.engine import checkpoint
-from ds_tokimg.engine.optimizer import AveragedMuon, average_key, build_optimizer
+from ds_tokimg.engine.optimizer import AveragedMuon, build_optimizer
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import Shards
 from ds_tokimg.errors import TrainingError
@@ -157,16 +157,16 @@ class TrainEngine:
         module: `module(batch) -> {"loss_sum": scalar with gradient, float32, ...}` (other values are detached sums),
             and `module.count(batch) -> int`, the valid pixels of a micro-batch.
         ds_config: the DeepSpeed JSON, resolved (no "auto" left).
-        ema_decay: decays of the weights' moving averages, none or more.
+        ema_decay: of the weights' moving average, in (0, 1); 0: none is kept.
         dist: of `init_distributed`.
     """
 
     read_file = staticmethod(read_engine_file)  # for elastic.py, which does not import deepspeed
 
-    def __init__(self, module: nn.Module, ds_config: dict, ema_decay: list[float], dist: Dist):
+    def __init__(self, module: nn.Module, ds_config: dict, ema_decay: float, dist: Dist):
         self.dist = dist
         self.ds_config = ds_config
-        self.ema_decay = list(ema_decay)
+        self.ema_decay = ema_decay
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = float(ds_config.get("gradient_clipping", DEEPSPEED_CLIPS_AT))
         self.stop_requested = False
@@ -191,6 +191,11 @@ class TrainEngine:
         config = copy.deepcopy(self.ds_config)
         config.pop("optimizer")  # it would be overruled by ours without a word
         config["zero_allow_untested_optimizer"] = True
+        # Ranks may share a train batch unevenly; DeepSpeed wants whole micro-batches, and only counts samples with it.
+        micro_batch, accumulation = (
+            config[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        )
+        config["train_batch_size"] = micro_batch * accumulation * self.dist.world_size
         if self.stage == 1 and self.dist.device.type == "cpu":
             # Without this DeepSpeed copies each gradient to a buffer and back before it is reduced.
             config["zero_optimization"].setdefault("contiguous_gradients", False)
@@ -339,16 +344,13 @@ class TrainEngine:
             )
 
     @contextlib.contextmanager
-    def averaged_weights(self, decay: float | None = None) -> Iterator[None]:
-        """Averaged weights in the module (of `decay`, default the first), the trained ones again afterwards, bit for
-        bit. Collective. Without averages, or before the first step, the trained weights stay in place."""
-        if not self.ema_decay:
+    def averaged_weights(self) -> Iterator[None]:
+        """Averaged weights in the module, the trained ones again afterwards, bit for bit. Collective. Without an
+        average, or before the first step, the trained weights stay in place."""
+        if self.optimizer.average is None:
             yield
             return
-        key = average_key(self.ema_decay[0] if decay is None else decay)
-        if key not in self.optimizer.averages:
-            raise ValueError(f"no average of decay {decay}; available: {self.ema_decay}")
-        with self.shards.swapped(key):
+        with self.shards.swapped(self.optimizer.average):
             yield
 
     def save(self, output_dir: str | Path, state: dict, *, best: bool = False, keep: int = 3) -> Path:

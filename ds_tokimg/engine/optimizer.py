@@ -1,4 +1,4 @@
-"""The optimiser: torch's fused kernels, with moving averages of the weights as one more state beside the moments.
+"""The optimiser: torch's fused kernels, with a moving average of the weights as one more state beside the moments.
 
 An average that is optimiser state is cut up, moved and saved by ZeRO exactly as the moments are: no rank holds a full
 copy of it, and it advances on those steps alone that the optimiser really takes. Neither deepspeed nor a compiler is
@@ -23,12 +23,12 @@ _KERNEL_CHOICES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 
 
 def average_key(decay: float) -> str:
-    """The name of an average in the optimiser's state, and of its file: `ema_0.9999`."""
+    """The name of the average in the optimiser's state, and of its file: `ema_0.9999`."""
     return f"{AVERAGE_PREFIX}{decay}"
 
 
 def warmed_decay(decay: float, updates: int) -> float:
-    """The decay after `updates` updates. Short at first, so that an average forgets the random weights it began with
+    """The decay after `updates` updates. Short at first, so that the average forgets the random weights it began with
     (the schedule of TensorFlow's ExponentialMovingAverage): min(decay, (1 + n) / (10 + n))."""
     return min(decay, (1 + updates) / (10 + updates))
 
@@ -40,9 +40,10 @@ class Averaging:
     them, so the engine does, and a step on gradients that are not finite counts as skipped there too.
     """
 
-    def __init__(self, params, *, ema_decay: Iterable[float] = (), **settings):
+    def __init__(self, params, *, ema_decay: float = 0.0, **settings):
         super().__init__(params, **settings)
-        self.averages = {average_key(decay): decay for decay in ema_decay}
+        self.ema_decay = ema_decay
+        self.average = average_key(ema_decay) if ema_decay else None  # its key in the states; None: none is kept
         self.overflow = False
         self._global_grad_norm = None
 
@@ -54,10 +55,11 @@ class Averaging:
     def step(self, closure=None):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         # torch fills a state that is empty, so the starting points are added after its step.
-        starts = {(p, key): p.detach().clone() for p in params for key in self.averages if key not in self.state[p]}
+        new = [p for p in params if self.average and self.average not in self.state[p]]
+        starts = {p: p.detach().clone() for p in new}
         loss = super().step(closure)
-        for (p, key), start in starts.items():
-            self.state[p][key] = start
+        for p, start in starts.items():
+            self.state[p][self.average] = start
         self._advance(params)
         return loss
 
@@ -67,43 +69,42 @@ class Averaging:
             updates = self.state[p].get(UPDATES, 0)
             self.state[p][UPDATES] = updates + 1
             by_updates.setdefault(updates, []).append(p)
-        for updates, group in by_updates.items():
-            for key, decay in self.averages.items():
-                averages = [self.state[p][key] for p in group]
-                torch._foreach_lerp_(averages, group, 1 - warmed_decay(decay, updates))
+        for updates, group in by_updates.items() if self.average else ():
+            averages = [self.state[p][self.average] for p in group]
+            torch._foreach_lerp_(averages, group, 1 - warmed_decay(self.ema_decay, updates))
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load states, not settings: those are the JSON's, which may have changed since. Averages that are no longer
-        asked for are dropped; new ones start from the weights at the next step."""
+        """Load states, not settings: those are the JSON's, which may have changed since. An average that is no
+        longer asked for is dropped; a new one starts from the weights at the next step."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, settings, strict=True):
             group.update(own)
         for state in self.state.values():
-            for key in [k for k in state if k.startswith(AVERAGE_PREFIX) and k not in self.averages]:
+            for key in [k for k in state if k.startswith(AVERAGE_PREFIX) and k != self.average]:
                 del state[key]
 
 
 class AveragedAdamW(Averaging, torch.optim.AdamW):
-    """torch.optim.AdamW with moving averages of the weights in its state."""
+    """torch.optim.AdamW with a moving average of the weights in its state."""
 
 
 class AveragedAdam(Averaging, torch.optim.Adam):
-    """torch.optim.Adam with moving averages of the weights in its state."""
+    """torch.optim.Adam with a moving average of the weights in its state."""
 
 
 class AveragedSGD(Averaging, torch.optim.SGD):
-    """torch.optim.SGD with moving averages of the weights in its state."""
+    """torch.optim.SGD with a moving average of the weights in its state."""
 
 
 class AveragedMuon(Averaging, Muon):
-    """Muon and AdamW with moving averages of the weights in their state."""
+    """Muon and AdamW with a moving average of the weights in their state."""
 
     def keeps(self, group: dict, key: str) -> bool:
         return not (group["orthogonal"] and key == "exp_avg_sq")
 
 
-def build_optimizer(params: Iterable[nn.Parameter], block: dict, ema_decay: Iterable[float]) -> torch.optim.Optimizer:
+def build_optimizer(params: Iterable[nn.Parameter], block: dict, ema_decay: float = 0.0) -> torch.optim.Optimizer:
     """The optimiser of a run.
 
     Args:
@@ -111,7 +112,7 @@ def build_optimizer(params: Iterable[nn.Parameter], block: dict, ema_decay: Iter
         block: `optimizer` of the DeepSpeed JSON, {"type": ..., "params": {...}} with DeepSpeed's meaning: "Adam" is
             AdamW unless its params say `"adam_w_mode": false`; "Muon" is for parameters that a layer has marked as
             `hidden_matrix`, and AdamW, with the same params, for the others.
-        ema_decay: decays of the averages to keep, none or more, each in (0, 1).
+        ema_decay: decay of the weights' moving average, in (0, 1); 0: none is kept.
 
     Weight decay is for matrices only: gains and biases (fewer than two dimensions) go without.
     Raises ValueError for an optimiser that is not one of `OPTIMIZERS`, or for Muon where nothing is marked.

@@ -34,7 +34,7 @@ from ds_tokimg.diffusion.writing import RUN
 from ds_tokimg.model.context import Memory
 from ds_tokimg.model.heads.base import draws_in_one_step
 from ds_tokimg.model.jit import JiT
-from ds_tokimg.model.prediction import ChangedPrediction, Prediction, probabilities
+from ds_tokimg.model.prediction import ChangedPrediction, Prediction
 from ds_tokimg.tokens.layout import PatchLayout
 
 SAMPLERS = ("ancestral", "euler", "heun")
@@ -138,7 +138,6 @@ class _Walk:
         self.positions = torch.arange(self.mask.shape[1], device=self.device).expand(self.mask.shape[:2])
         # With and without the condition: what has been written before the block at hand.
         self.memories: dict[bool, Memory] = {}
-        self.earlier: Tensor | None = None
 
     def _condition(self, prompts):
         ids, mask = self.layout.pack([np.asarray(prompt, np.int64) for prompt in prompts])
@@ -248,10 +247,7 @@ class _Walk:
             prediction = self._network(z, t, self.condition)
             if scale != 1:
                 prediction = self._guide(self._network(z, t, None), prediction, scale)
-        prediction = self._with_given(prediction)
-        if self.model.config.self_conditioning:
-            self.earlier = probabilities(prediction)
-        return prediction
+        return self._with_given(prediction)
 
     def _network(self, z: Tensor, t: float, condition) -> Prediction:
         levels = torch.full(self.mask.shape[:2], t, device=self.device)
@@ -260,10 +256,9 @@ class _Walk:
         z = torch.where((levels == 0)[..., None], self.fixed_clean.to(z.dtype), z)
         t_in = levels if self.fixed.any() else levels[:, 0]
         if not self.memories:
-            return self.model.predict(z.float(), t_in, self.mask, condition, self_condition=self.earlier)
+            return self.model.predict(z.float(), t_in, self.mask, condition)
         memory = self.memories[condition is not None]
-        seen = {"positions": self.positions, "memory": memory, "self_condition": self.earlier}
-        return self.model.predict(z.float(), t_in, self.mask, **seen)
+        return self.model.predict(z.float(), t_in, self.mask, positions=self.positions, memory=memory)
 
     def _guide(self, without: Prediction, given: Prediction, scale: float) -> Prediction:
         head = self.model.head

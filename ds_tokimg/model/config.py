@@ -13,8 +13,6 @@ SIZES = {
     "H": (32, 1280, 16),
 }
 PATCH_SIZES = (2, 4, 8)
-HEADS = ("posterior", "linear")
-POSITIONS = ("reading", "grid")
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,6 @@ class JiTConfig:
     head: str = "posterior"
     posterior: str = "auto"
     layout: str = "patch"
-    positions: str = "reading"
-    self_conditioning: bool = False
     noisy_depth: int = 0
     neighbours: int | None = None
     in_turn: bool | None = False

@@ -26,13 +26,6 @@ _PEAK_SIZE_CPU, _PEAK_SIZE_ELSEWHERE = 1024, 4096
 
 def train_flops(model: JiT, batch: dict[str, Tensor]) -> int:
     """Of the forward and backward of one micro-batch as `TrainingLoss` takes it (only shapes are looked at)."""
-    flops = _pass_flops(model, batch, backward=True)
-    if "self_condition" in batch:
-        flops += _pass_flops(model, batch, backward=False)
-    return flops
-
-
-def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     samples, patches, slots = batch["ids"].shape
     prompt = batch["condition_ids"].shape[1] if "condition_ids" in batch else 0
     clean = prompt + (patches if "blocks" in batch else 0)  # a prompt, and the context from left to right
@@ -41,7 +34,7 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     # Noise levels: one a sample or one a patch, and one for its condition, which has no noise.
     levels = samples * (batch["t"].shape[1] if batch["t"].dim() == 2 else 1)
     times = levels + samples * (("condition_ids" in batch) + ("blocks" in batch))
-    data, hidden = (2, 3) if backward else (1, 1)  # passes over a product whose input is data, or needs a gradient
+    data, hidden = 2, 3  # passes over a product whose input is data, or needs a gradient
 
     def linear(layer: nn.Linear, rows: int, passes: int = hidden) -> int:
         return 2 * layer.in_features * layer.out_features * rows * passes
@@ -74,8 +67,7 @@ def _pass_flops(model: JiT, batch: dict[str, Tensor], backward: bool) -> int:
     if isinstance(model.head, TreeHead):
         width, depth = model.head.token_output.in_features, model.head.way.shape[1]
         return flops + 2 * samples * patches * slots * width * depth * hidden
-    inputs = 2 if model.config.self_conditioning and "self_condition" in batch and backward else 1
-    flops += linear(model.head.token_input, positions * slots, data) * inputs
+    flops += linear(model.head.token_input, positions * slots, data)
     return flops + linear(model.head.token_output, samples * patches * slots)
 
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_tokimg.choices import HEADS
 from ds_tokimg.diffusion.band import readable_band
 from ds_tokimg.diffusion.path import alpha_sigma, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import RUN
-from ds_tokimg.model.config import HEADS, POSITIONS, JiTConfig, config_of_name
+from ds_tokimg.model.config import JiTConfig, config_of_name
 from ds_tokimg.model.context import CLEAN, NOISY, Memory, Segment, last_valid, seen_from_left_to_right
 from ds_tokimg.model.heads.base import CandidateTokens
 from ds_tokimg.model.heads.digits import DigitHead
@@ -51,8 +52,6 @@ class JiT(nn.Module):
         check_geometry(config.img_size, codec.token_size, config.layout, config.patch_size)
         if config.head not in HEADS:
             raise ValueError(f"unknown head {config.head!r}; available: {', '.join(HEADS)}")
-        if config.positions not in POSITIONS:
-            raise ValueError(f"unknown positions {config.positions!r}; available: {', '.join(POSITIONS)}")
         if not 0 <= config.noisy_depth <= config.depth:
             raise ValueError(f"noisy_depth is {config.noisy_depth}; the model has {config.depth} blocks (0: all)")
         self.codec = codec
@@ -72,10 +71,7 @@ class JiT(nn.Module):
                 "in_turn is for patches of several tokens that hear their neighbours, and posteriors over whole tokens"
             )
         self.config = config
-        inputs = pixels + self.head.features
-        if config.self_conditioning:
-            inputs += self.head.features or pixels
-        self.patch_embed = nn.Linear(inputs, config.width)
+        self.patch_embed = nn.Linear(pixels + self.head.features, config.width)
         self.before_embed = nn.Linear(config.width, config.width, bias=False)
         self.segment_embed = nn.Embedding(2, config.width)  # by kind
         self.time_embed = TimestepEmbedding(config.width)
@@ -210,7 +206,6 @@ class JiT(nn.Module):
         slot_mask: Tensor,
         condition: tuple[Tensor, Tensor] | None = None,
         positions: Tensor | None = None,
-        self_condition: Tensor | None = None,
         context: tuple[Tensor, Tensor] | None = None,
         memory: Memory | None = None,
         in_turn: tuple[Tensor, Tensor | None] | None = None,
@@ -223,7 +218,6 @@ class JiT(nn.Module):
             slot_mask: [B, N, K] bool, slots that hold a token. Patches without one are ignored by all others.
             condition: (clean patches [B, M, P], slot_mask [B, M, K]) or None.
             positions: [B, N] place of each patch in the image; None: 0, 1, 2, …
-            self_condition: an earlier prediction's probabilities (or clean patches, linear head), or None.
             context: (clean patches [B, N, P], blocks [N] int64, which block a patch belongs to) for prediction from
                 left to right: a noisy patch sees the noisy patches of its own block and the clean ones of the blocks
                 before it. All blocks are predicted at once: clean patches go through the whole transformer, noisy ones
@@ -235,7 +229,7 @@ class JiT(nn.Module):
         """
         batch, count, _ = noisy.shape
         level = t if t.dim() == 2 else t[:, None]  # [B, N or 1]
-        inputs, evidence, tokens = self._inputs(noisy, level, slot_mask, self_condition)
+        inputs, evidence, tokens = self._inputs(noisy, level, slot_mask)
         valid = slot_mask.any(-1)
         if positions is None:
             positions = torch.arange(count, device=noisy.device).expand(batch, count)
@@ -311,15 +305,13 @@ class JiT(nn.Module):
         colours = self.head.colours(chosen).unflatten(-1, (self.slots, -1))
         return self.codec.nearest(colours)
 
-    def _inputs(self, noisy, level, slot_mask, self_condition):
+    def _inputs(self, noisy, level, slot_mask):
         """Features of the patches [B, N, F] (padding slots zeroed), the head's evidence (None for `linear`), and the
         features of the tokens [B, N * K, F'] if their neighbours are to hear them, else None."""
         parts, evidence, tokens = [noisy.unflatten(-1, (self.slots, -1))], None, None  # each [B, N, K, features]
         if self.head.features:
             evidence = self.head.evidence(noisy, *alpha_sigma(level))
             parts.append(self.head.features_of(evidence))
-        if self.config.self_conditioning:
-            parts.append(self._embed_self_condition(self_condition, parts[-1]))
         parts = [self._on_slots(part, slot_mask) for part in parts]
         if self.neighbours is not None:
             tokens = parts[1].flatten(1, 2)
@@ -328,13 +320,6 @@ class JiT(nn.Module):
     def _on_slots(self, features: Tensor, slot_mask: Tensor) -> Tensor:
         """Features [B, N, K, F] of tokens, zeroed where there is none."""
         return (features * slot_mask[..., None]).to(self.compute_dtype)
-
-    def _embed_self_condition(self, value, like):
-        if value is None:
-            return torch.zeros_like(like)
-        if self.head.features:
-            return self.head.embed(value)
-        return value.unflatten(-1, (self.slots, -1))
 
     def _segment(self, kind: int, inputs, tokens, level, valid, positions, first: Tensor | None = None) -> Segment:
         """Inputs [B, n, F] and features of their tokens at noise levels [B, n or 1], after a patch that shows `first`
@@ -359,7 +344,7 @@ class JiT(nn.Module):
     def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor, first=None) -> Segment:
         """Patches that are shown without noise and not predicted."""
         level = patches.new_zeros(len(patches), 1)
-        inputs, _, tokens = self._inputs(patches, level, slot_mask, None)
+        inputs, _, tokens = self._inputs(patches, level, slot_mask)
         return self._segment(CLEAN, inputs, tokens, level, slot_mask.any(-1), positions, first)
 
     def _shown_to_noisy(self, read: Tensor, segments: list[Segment]) -> Tensor:
@@ -415,16 +400,9 @@ class JiT(nn.Module):
         return segment.own + segment.before + kind
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of RoPE, each [B, 1, N, head_dim / 2] (Su et al. 2021; `grid`: half the channels an axis)."""
+        """cos and sin of RoPE, each [B, 1, N, head_dim / 2] (Su et al. 2021)."""
         half = self.config.width // self.config.heads // 2
-        if self.config.positions == "reading":
-            angles = positions[..., None] * rope_frequencies(half, positions.device)
-        else:
-            across = self.config.img_size // self.config.patch_size
-            rows, columns = positions.div(across, rounding_mode="floor"), positions.remainder(across)
-            frequencies = rope_frequencies(half // 2, positions.device)
-            angles = torch.cat([rows[..., None] * frequencies, columns[..., None] * frequencies], -1)
-        angles = angles[:, None]
+        angles = (positions[..., None] * rope_frequencies(half, positions.device))[:, None]
         return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
 
 

@@ -102,8 +102,3 @@ class ChangedPrediction(Prediction):
     def logits_in_turn(self, turn: int, ids: Tensor) -> Tensor:
         logits = [other.logits_in_turn(turn, ids) for other in self._others]
         return self._change(slice(turn, None, RUN), *logits)
-
-
-def probabilities(prediction: Prediction) -> Tensor:
-    """What self-conditioning hands on: the posterior's probabilities, or the clean patches of the linear head."""
-    return prediction.clean if prediction.logits is None else prediction.logits.softmax(-1)

@@ -1,138 +1,195 @@
-"""The settings of a training run: one dataclass, which also makes the command line, its help and config.json.
+"""The settings of a training run: dataclasses, one a group, which also make the command line, recipes and config.json.
 
 What the engine's JSON (`ds_config.json`) says is not repeated here. The flags that fill its `"auto"` values
-are kept apart as optional fields: `None` means "not given", and ds_config.py decides what `"auto"` becomes.
+are kept apart as optional fields: `None` means "not given", and engine_json.py decides what `"auto"` becomes.
 This module imports neither torch nor deepspeed, so that `--help` and mistakes are answered at once.
 """
 
-import argparse
 import dataclasses
 import json
-import math
 import re
-import types
-import typing
 from functools import partial
 from pathlib import Path
 
+from ds_tokimg import choices
 from ds_tokimg.errors import UserError, nearest, raise_problems
+from ds_tokimg.settings.setting import (
+    CLIPPING,
+    COUNT,
+    FIXED,
+    LAUNCH,
+    POSITIVE,
+    PROPER_SHARE,
+    SHARE,
+    WHOLE,
+    Range,
+    setting,
+    type_problem,
+    value_problem,
+)
 
-# What "auto" of the JSON becomes when no flag fills it.
-DEFAULT_TRAIN_BATCH_SIZE = 32
-DEFAULT_LR = 1e-3
-DEFAULT_MAX_GRAD_NORM = 1.0
+DEFAULT_MAX_GRAD_NORM = 1.0  # what "auto" of the JSON becomes when no flag fills it
 
 MODEL_NAME = re.compile(r"JiT-[A-Za-z0-9]+/([1-9]\d*)")  # "JiT-B/4": size B, patches of 4x4 pixels
 SMALLEST_VOCABULARY = 257  # a byte-level BPE: 256 bytes and <|endoftext|>
 
-
-def setting(group: str, default, help: str, choices: tuple[str, ...] = (), const=None):
-    """A dataclass field that is also a command-line flag; `const` is its value when the flag stands alone."""
-    metadata = {"group": group, "help": help, "choices": choices, "const": const}
-    if isinstance(default, tuple):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-_data = partial(setting, "data")
-_image = partial(setting, "token images")
-_model = partial(setting, "model")
-_objective = partial(setting, "objective")
-_run = partial(setting, "run")
-_engine = partial(setting, 'values that the engine\'s JSON leaves "auto"')
+_fixed = partial(setting, resume=FIXED)
+_method = partial(setting, resume=FIXED, of_recipe=True)
+_launch = partial(setting, resume=LAUNCH, in_recipe=False)
+_path = partial(setting, is_path=True)
 
 
 @dataclasses.dataclass
-class TrainConfig:
-    """Every setting of a run except what ds_config.json owns. Each default lives here and nowhere else."""
+class DataSettings:
+    """Which texts are trained on, and how they are cut into samples."""
 
-    data_path: str = _data("", "a .txt, .json, .jsonl or .parquet file, a folder of them, or a hub name")
-    eval_data_path: str | None = _data(None, "validation texts (not given: some documents are held out)")
-    eval_fraction: float = _data(0.05, "share of the documents held out, chosen by a hash of their text")
-    tokenizer_path: str | None = _data(None, "tokenizer folder or hub name (not given: one is trained)")
-    vocab_size: int = _data(1024, "vocabulary of the tokenizer that is trained, without --tokenizer_path")
-    cache_dir: str | None = _data(None, "where tokenised data is cached")
-    packing: bool = _data(True, "fill every image with documents joined by the end-of-text token")
-    use_chat_template: bool = _data(False, "format prompt/answer pairs with the tokenizer's chat template")
-    enable_condition: bool = _data(False, "give prompts to the model as a condition, an image of their own")
-    condition_drop: float = _data(0.1, "probability of hiding a condition, for classifier-free guidance")
-    max_tokens: int | None = _data(None, "tokens per image (not given: the image's capacity)")
-    num_workers: int = _data(2, "background workers that tokenise and load data")
-
-    img_size: int = _image(64, "height and width of an image in pixels")
-    token_size: int = _image(1, "a token is a square of token_size x token_size pixels")
-    radix: int | None = _image(None, "levels per channel (not given: the fewest that hold the vocabulary)")
-    palette: str = _image("semantic", "which token gets which colour", ("id", "semantic"))
-    layout: str = _image("patch", "order in which tokens fill the image", ("patch", "raster"))
-
-    model: str = _model("JiT-XS/4", "size and patch of the transformer, such as JiT-B/4")
-    positions: str = _model("reading", "a patch's position: reading order or grid", ("reading", "grid"))
-    head: str = _model("posterior", "digit posteriors, or plain linear output", ("posterior", "linear"))
-    posterior: str = _model("auto", "what the posterior head is over", ("auto", "digits", "tokens", "tree"))
-    neighbours: int | None = _model(
-        None, "tokens on either side that a token hears directly (not given: 2 where several share a patch, else 0)"
+    data_path: str = _path("", "a .txt, .json, .jsonl or .parquet file, a folder of them, or a hub name", resume=FIXED)
+    eval_data_path: str | None = _path(None, "validation texts (not given: some documents are held out)", resume=FIXED)
+    eval_fraction: float = _fixed(
+        0.05, "share of the documents held out, chosen by a hash of their text; 0: no validation", PROPER_SHARE
     )
-    activation_checkpointing: bool = _model(False, "recompute activations: less memory, more time")
-    compile: bool = _model(False, "compile the blocks: faster steps, a slow start (a CPU needs a C++ compiler)")
-
-    objective: str = _objective("ce", "cross-entropy, squared error or weighted bound", ("ce", "mse", "elbo"))
-    timesteps: str = _objective(
-        "band", "where noise levels lie", ("band", "uniform", "logit_normal", "entropic", "noisy")
+    tokenizer_path: str | None = _path(None, "tokenizer folder or hub name (not given: one is trained)")
+    vocab_size: int = _fixed(
+        1024,
+        "vocabulary of the tokenizer that is trained, without --tokenizer_path",
+        Range(f"at least {SMALLEST_VOCABULARY}", lambda value: value >= SMALLEST_VOCABULARY),
     )
-    block_size: int = _objective(0, "patches that lose their noise together, from left to right; 0: the whole image")
-    noisy_depth: int = _objective(0, "blocks, the last ones, that noisy patches go through from left to right; 0: all")
-    patch_noise: float = _objective(0.5, "share of a batch whose patches have noise levels of their own")
-    in_turn: float | None = _objective(
+    cache_dir: str | None = _path(None, "where tokenised data is cached")
+    packing: bool = _fixed(True, "fill every image with documents joined by the end-of-text token")
+    use_chat_template: bool = _fixed(False, "format prompt/answer pairs with the tokenizer's chat template")
+    enable_condition: bool = _fixed(False, "give prompts to the model as a condition, an image of their own")
+    condition_drop: float = _method(0.1, "probability of hiding a condition, for classifier-free guidance", SHARE)
+    max_tokens: int | None = _fixed(None, "tokens per image, at most (not given: the image's capacity)", COUNT)
+    num_workers: int = setting(2, "background workers that tokenise and load data", WHOLE)
+
+
+@dataclasses.dataclass
+class ImageSettings:
+    """How tokens become pixels."""
+
+    img_size: int = _fixed(64, "height and width of an image in pixels", COUNT)
+    token_size: int = _fixed(1, "a token is a square of token_size x token_size pixels", COUNT)
+    radix: int | None = _method(
+        None,
+        "levels per channel (not given: the fewest that hold the vocabulary)",
+        Range("at least 2 levels", lambda value: value >= 2),
+    )
+    palette: str = _method("semantic", "which token gets which colour", choices=choices.PALETTES)
+    layout: str = _method("patch", "order in which tokens fill the image", choices=choices.LAYOUTS)
+
+
+@dataclasses.dataclass
+class ModelSettings:
+    """The transformer and its output."""
+
+    model: str = _fixed("JiT-XS/4", "size and patch of the transformer, such as JiT-B/4")
+    head: str = _method("posterior", "digit posteriors, or plain linear output", choices=choices.HEADS)
+    posterior: str = _method("auto", "what the posterior head is over", choices=choices.POSTERIORS)
+    neighbours: int | None = _method(
+        None,
+        "tokens on either side that a token hears directly (not given: 2 where several share a patch, else 0)",
+        WHOLE,
+    )
+    noisy_depth: int = _method(
+        0, "layers, the last ones, that noisy patches go through from left to right; 0: all", WHOLE
+    )
+    activation_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+    compile: bool = setting(False, "compile the layers: faster steps, a slow start (a CPU needs a C++ compiler)")
+
+
+@dataclasses.dataclass
+class ObjectiveSettings:
+    """What is learnt: noise levels, loss, and how texts will be written."""
+
+    objective: str = _method("ce", "cross-entropy, squared error or weighted bound", choices=choices.OBJECTIVES)
+    timesteps: str = _method("band", "where noise levels lie", choices=choices.TIMESTEPS)
+    block_size: int = _method(
+        0, "patches that lose their noise together, from left to right; 0: the whole image", WHOLE
+    )
+    patch_noise: float = _method(0.5, "share of a batch whose patches have noise levels of their own", SHARE)
+    in_turn: float | None = _method(
         None,
         "share of a batch whose tokens are predicted one after another (not given: 0.75, or 1 with noisy timesteps and "
         "blocks of one patch; 0 where a patch holds one token or digits are predicted)",
+        SHARE,
     )
-    self_conditioning: float = _objective(0.0, "probability of showing the model its own prediction")
-    ema_decay: list[float] = _objective((0.9999,), "decays of the weights' moving averages")  # noqa: RUF009
+    ema_decay: float = _method(0.9999, "decay of the weights' moving average; 0: none", PROPER_SHARE)
 
-    epochs: int = _run(1, "passes over the data; they fix the length of the schedule")
-    max_steps: int | None = _run(None, "end after this many optimiser steps, without changing the schedule")
-    output_dir: str = _run("runs/default", "folder of the run")
-    resume: str | None = _run(None, "'latest' (also when alone), 'best' or a checkpoint folder", const="latest")
-    init_from: str | None = _run(None, "start a new run from the weights of this checkpoint or export")
-    save_interval: int = _run(500, "optimiser steps between checkpoints")
-    eval_interval: int = _run(500, "optimiser steps between validations")
-    log_interval: int = _run(10, "optimiser steps between log lines")
-    keep_checkpoints: int = _run(3, "newest checkpoints to keep (the best one stays too)")
-    num_samples: int = _run(4, "texts to write at the end of the run")
-    seed: int = _run(0, "seed of the weights, data order, noise and samples")
-    warmup_ratio: float = _run(0.05, "share of all optimiser steps spent on warm-up")
-    profile: int = _run(0, "optimiser steps to profile")
-    deepspeed_config: str = _run("ds_config.json", "the engine's JSON, here or else as shipped")
 
-    train_batch_size: int | None = _engine(
-        None, f"texts per optimiser step over all ranks ({DEFAULT_TRAIN_BATCH_SIZE} if nothing fixes it)"
+@dataclasses.dataclass
+class RunSettings:
+    """How long a run is, where it writes, and how often."""
+
+    recipe: str | None = _path(
+        None,
+        "at-once, left-to-right, reference, or a TOML file: the settings of a method",
+        resume=FIXED,
+        in_recipe=False,
     )
-    batch_size: int | None = _engine(None, "micro-batch: texts per rank and forward pass")
-    gradient_accumulation_steps: int | None = _engine(None, "micro-batches per optimiser step")
-    max_grad_norm: float | None = _engine(None, f"gradient clipping (default {DEFAULT_MAX_GRAD_NORM})")
-    lr: float | None = _engine(None, f"peak learning rate (default {DEFAULT_LR})")
-    use_amp: bool | None = _engine(None, "half precision, on a CPU too (not given: only on a GPU)")
+    epochs: int | None = setting(
+        None,
+        "passes over the data, which fix the length of the schedule (not given: it follows from the corpus)",
+        COUNT,
+    )
+    max_steps: int | None = _launch(None, "end after this many optimiser steps, without changing the schedule", COUNT)
+    output_dir: str = _launch("runs/default", "folder of the run", is_path=True)
+    resume: str | None = _launch(
+        None,
+        "'latest' (also when alone), 'best', a checkpoint's folder, or 'auto': where there is a checkpoint",
+        const="latest",
+        is_path=True,
+    )
+    init_from: str | None = _launch(None, "start a new run from the weights of this checkpoint or export", is_path=True)
+    save_interval: int = setting(500, "optimiser steps between checkpoints", COUNT)
+    eval_interval: int = setting(500, "optimiser steps between validations", COUNT)
+    log_interval: int = setting(10, "optimiser steps between log lines", COUNT)
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep (the best one stays too)", COUNT)
+    num_samples: int = setting(4, "texts to write at the end of the run", WHOLE)
+    seed: int = _fixed(0, "seed of the weights, data order, noise and samples", WHOLE)
+    warmup_ratio: float = setting(0.05, "share of all optimiser steps spent on warm-up", PROPER_SHARE, of_recipe=True)
+    profile: int = _launch(0, "optimiser steps to profile", WHOLE)
+    deepspeed_config: str = _path("ds_config.json", "the engine's JSON, here or else as shipped")
 
-    @classmethod
-    def from_args(cls, argv: list[str]) -> "TrainConfig":
-        """Settings from command-line flags. Raises one UserError that lists every mistake, unknown flags included.
 
-        With --resume, what the flags leave out is as in the run's config.json, and what defines the run may not
-        differ from it.
-        """
-        parser = build_parser("train", "Train a language model that writes in pixels.")
-        flags, _ = parser.parse_known_args(argv)
-        saved = saved_settings(flags.resume, flags.output_dir) if flags.resume else {}
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in _OF_THE_LAUNCH})
-        config = parse(parser, argv)[0]
-        changed = [
-            f"--{name} is {getattr(config, name)!r}, the run has {saved[name]!r}"
-            for name in _FIXED
-            if name in saved and getattr(config, name) != saved[name]
-        ]
-        raise_problems("a resumed run goes on as it began (start another with --init_from to change this):", changed)
-        return config
+@dataclasses.dataclass
+class EngineSettings:
+    """Values that the engine's JSON leaves "auto", and what they follow from where nothing fills them."""
+
+    train_batch_size: int | None = setting(
+        None, "texts per optimiser step over all ranks (not given: it follows from the corpus)", COUNT, resume=LAUNCH
+    )
+    batch_size: int | None = _launch(None, "micro-batch: texts per rank and forward pass", COUNT)
+    gradient_accumulation_steps: int | None = _launch(None, "micro-batches per optimiser step", COUNT)
+    max_grad_norm: float | None = setting(None, f"gradient clipping (default {DEFAULT_MAX_GRAD_NORM})", CLIPPING)
+    lr: float | None = setting(None, "peak learning rate (not given: it follows from recipe and model)", POSITIVE)
+    use_amp: bool | None = setting(None, "half precision, on a CPU too (not given: only on a GPU)")
+    lr_at_width_192: float = setting(
+        3e-3, "peak learning rate of a model 192 wide; that of others follows", POSITIVE, of_recipe=True
+    )
+    smallest_train_batch: int = setting(4, "train batch for few texts; that for more follows", COUNT, of_recipe=True)
+    wanted_steps: int = setting(
+        1000, "optimiser steps for which a small corpus is read more than once", COUNT, of_recipe=True
+    )
+    most_epochs: int = setting(8, "how often it is read at most", COUNT, of_recipe=True)
+
+
+# The sections of a recipe, and the titles under which the help lists their flags.
+SECTIONS = {
+    "data": DataSettings,
+    "image": ImageSettings,
+    "model": ModelSettings,
+    "objective": ObjectiveSettings,
+    "run": RunSettings,
+    "engine": EngineSettings,
+}
+
+
+@dataclasses.dataclass
+class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings, ImageSettings, DataSettings):
+    """Every setting of a run except what ds_config.json owns.
+
+    The defaults hold where neither a recipe nor a flag says more; recipes state those of a method together.
+    """
 
     def validate(self) -> None:
         """Raise one UserError listing all settings of a wrong type, out of range or in contradiction."""
@@ -140,15 +197,17 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """All mistakes in the settings, one sentence each, with the value seen and the fix."""
-        wrong_types = [problem for field in dataclasses.fields(self) if (problem := self._type_problem(field))]
+        fields = dataclasses.fields(self)
+        wrong_types = self._each(fields, type_problem)
         if wrong_types:
             return wrong_types  # values of a wrong type cannot be compared
-        return [
-            *self._choice_problems(),
-            *self._range_problems(),
-            *self._image_problems(),
-            *self._contradictions(),
-        ]
+        return [*self._each(fields, value_problem), *self._image_problems(), *self._contradictions()]
+
+    def part(self, kind: type, **more):
+        """An object of a dataclass, one of the groups or another: what `more` does not give is as the settings of the
+        same names, and as its own defaults where there are none."""
+        shared = {field.name for field in dataclasses.fields(kind)} & self.__dataclass_fields__.keys()
+        return kind(**{name: getattr(self, name) for name in shared} | more)
 
     @property
     def patch_size(self) -> int:
@@ -184,32 +243,10 @@ class TrainConfig:
         raise_problems(f"{path} cannot be used:", unknown + config.problems())
         return config
 
-    def _type_problem(self, field: dataclasses.Field) -> str | None:
-        value = getattr(self, field.name)
-        if _has_type(value, field.type):
-            return None
-        return f"--{field.name} {value!r}: expected {_describe(field.type)}"
-
-    def _choice_problems(self) -> list[str]:
-        problems = []
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            if choices and value not in choices:
-                known = ", ".join(choices)
-                problems.append(f"--{field.name} {value!r}: choose one of {known}{nearest(value, choices)}")
-        return problems
-
-    def _range_problems(self) -> list[str]:
-        problems = []
-        for names, fits, expected in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not fits(value):
-                    problems.append(f"--{name} {value}: expected {expected}")
-        decays = self.ema_decay
-        if len(set(decays)) < len(decays) or not all(0 < decay < 1 for decay in decays):
-            problems.append(f"--ema_decay {decays}: expected different numbers between 0 and 1")
-        return problems
+    def _each(self, fields, check) -> list[str]:
+        """The problems that `check(field, value)` finds, each behind the name of the flag."""
+        found = ((field.name, getattr(self, field.name), check(field, getattr(self, field.name))) for field in fields)
+        return [f"--{name} {value!r}: {problem}" for name, value, problem in found if problem]
 
     def _image_problems(self) -> list[str]:
         if MODEL_NAME.fullmatch(self.model) is None:
@@ -245,144 +282,3 @@ class TrainConfig:
         if self.resume is not None and self.init_from is not None:
             problems.append("--resume continues a run and --init_from starts one: give only one of them")
         return problems
-
-
-# What a resumed run does not take over from the earlier start: these belong to the start itself.
-_OF_THE_LAUNCH = frozenset(
-    (
-        *("resume", "init_from", "output_dir", "max_steps", "profile"),
-        *("train_batch_size", "batch_size", "gradient_accumulation_steps"),
-    )
-)
-# What makes a run what it is: another value is another run.
-_FIXED = (
-    *("data_path", "eval_data_path", "eval_fraction", "vocab_size", "packing", "use_chat_template"),
-    *("enable_condition", "condition_drop", "max_tokens", "img_size", "token_size", "radix", "palette", "layout"),
-    *("model", "positions", "head", "posterior", "neighbours", "objective", "timesteps", "block_size", "noisy_depth"),
-    *("patch_noise", "in_turn", "self_conditioning"),
-    *("ema_decay", "seed"),
-)
-
-_COUNTS = (
-    *("epochs", "max_steps", "save_interval", "eval_interval", "log_interval", "keep_checkpoints"),
-    *("img_size", "token_size", "max_tokens"),
-    *("train_batch_size", "batch_size", "gradient_accumulation_steps"),
-)
-_RANGES = (
-    (_COUNTS, lambda value: value >= 1, "a whole number of at least 1"),
-    (
-        ("num_samples", "num_workers", "profile", "seed", "block_size", "noisy_depth", "neighbours"),
-        lambda value: value >= 0,
-        "0 or more",
-    ),
-    (
-        ("condition_drop", "patch_noise", "in_turn", "self_conditioning"),
-        lambda value: 0 <= value <= 1,
-        "between 0 and 1",
-    ),
-    (("eval_fraction", "warmup_ratio"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
-    (("lr",), lambda value: 0 < value < math.inf, "a number above 0"),
-    (("max_grad_norm",), lambda value: 0 <= value < math.inf, "0 (no clipping) or more"),
-    (("radix",), lambda value: value >= 2, "at least 2 levels"),
-    (("vocab_size",), lambda value: value >= SMALLEST_VOCABULARY, f"at least {SMALLEST_VOCABULARY}"),
-)
-
-
-def saved_settings(resume: str, output_dir: str) -> dict:
-    """The settings of the run that --resume names; empty when there is none (finding the checkpoint says so)."""
-    folder = Path(output_dir) if resume in ("latest", "best") else Path(resume)
-    for path in (folder / "config.json", folder.parent.parent / "config.json"):
-        if path.is_file():
-            return dataclasses.asdict(TrainConfig.load(path))
-    return {}
-
-
-def _members(annotation) -> tuple:
-    """The alternatives of `int | None`, or the type itself."""
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-
-
-def _has_type(value, annotation) -> bool:
-    for member in _members(annotation):
-        if typing.get_origin(member) is list:
-            fits = isinstance(value, list) and all(_has_type(item, *typing.get_args(member)) for item in value)
-        elif member is float:
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
-        elif member is int:
-            fits = isinstance(value, int) and not isinstance(value, bool)
-        else:
-            fits = isinstance(value, member)
-        if fits:
-            return True
-    return False
-
-
-def _describe(annotation) -> str:
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        types.NoneType: "null",
-    }
-    return " or ".join(names.get(member, "a list of numbers") for member in _members(annotation))
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose mistakes are UserErrors, so that one rank prints them, like all others."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
-def build_parser(command: str, description: str) -> Parser:
-    """A parser of every flag of TrainConfig, to which a command may add its own."""
-    usage = f"ds_tokimg {command} --data_path PATH [flags]"
-    parser = Parser(usage=usage, description=description, allow_abbrev=False)
-    groups = {}
-    for field in dataclasses.fields(TrainConfig):
-        title = field.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        add_flag = _add_switch if bool in _members(field.type) else _add_value
-        add_flag(groups[title], field)
-    # The deepspeed launcher passes it; the rank itself comes from the environment.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser
-
-
-def _add_switch(group, field: dataclasses.Field) -> None:
-    """Add `--name` and `--no_name`; the help shows the one that changes the default."""
-    on, off, text = f"--{field.name}", f"--no_{field.name}", field.metadata["help"]
-    on_help, off_help = (argparse.SUPPRESS, f"do not {text}") if field.default else (text, argparse.SUPPRESS)
-    group.add_argument(on, dest=field.name, action="store_true", default=field.default, help=on_help)
-    group.add_argument(off, dest=field.name, action="store_false", default=field.default, help=off_help)
-
-
-def _add_value(group, field: dataclasses.Field) -> None:
-    """Add `--name VALUE`; a list takes any number of values."""
-    value_type = kind = _members(field.type)[0]
-    text, const, choices = (field.metadata[key] for key in ("help", "const", "choices"))
-    default, options = field.default, {}
-    if typing.get_origin(kind) is list:
-        value_type, default, options = typing.get_args(kind)[0], field.default_factory(), {"nargs": "*"}
-    if const is not None:
-        options = {"nargs": "?", "const": const}
-    if default not in (None, ""):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        text += f" (default: {shown})"
-    metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[value_type]
-    group.add_argument(f"--{field.name}", type=value_type, default=default, metavar=metavar, help=text, **options)
-
-
-def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
-    """Settings and the values of the flags that a command added. One UserError lists every mistake."""
-    arguments, unknown = parser.parse_known_args(argv)
-    values = vars(arguments)
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    config = TrainConfig(**{name: values.pop(name) for name in names})
-    known = [option for action in parser._actions for option in action.option_strings]
-    flags = [word for word in unknown if word.startswith("-")] or unknown
-    problems = [f"unknown argument {flag!r}{nearest(flag.split('=')[0], known)}" for flag in flags]
-    raise_problems("the command line cannot be used:", problems + config.problems())
-    return config, arguments

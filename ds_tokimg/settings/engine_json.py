@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_tokimg.errors import UserError, raise_problems
-from ds_tokimg.settings.config import DEFAULT_LR, DEFAULT_MAX_GRAD_NORM, DEFAULT_TRAIN_BATCH_SIZE, TrainConfig
+from ds_tokimg.settings.config import DEFAULT_MAX_GRAD_NORM, TrainConfig
 from ds_tokimg.settings.engine_schema import (
     AUTO,
     COUNT,
@@ -90,29 +91,32 @@ def _unique(pairs: list[tuple]) -> dict:
 
 
 def solve_batch(
-    train: int | None, micro: int | None, accumulation: int | None, world_size: int
+    train: int | None, micro: int | None, accumulation: int | None, world_size: int, default: int
 ) -> tuple[int, int, int]:
-    """Complete `train = micro * accumulation * world_size` from what is given; UserError if it cannot hold.
+    """(train batch, micro-batch, accumulation) from what is given.
 
-    With neither a train batch nor a micro-batch given, the train batch is the default, rounded to what the
-    ranks can share. A micro-batch alone is not accumulated.
+    A train batch is what it is on any number of ranks. Where the micro-batch is left open it is the largest share of a
+    rank, and some get less, or nothing (`data.order.partition`). With neither of them given, the train batch is the
+    default. A micro-batch alone is not accumulated.
+
+    Raises UserError if `train = micro * accumulation * world_size` cannot hold with the micro-batch that is given.
     """
-    unit = world_size * (micro or 1) * (accumulation or 1)  # the train batch is a multiple of this
-    if train is None:
-        train = unit if micro else unit * max(1, round(DEFAULT_TRAIN_BATCH_SIZE / unit))
-    solved = {
-        "micro": micro or train // unit,
-        "accumulation": accumulation or (train // unit if micro else 1),
-    }
-    if train != solved["micro"] * solved["accumulation"] * world_size:
+    if micro is None:
+        train = train or default
+        accumulation = accumulation or 1
+        return train, math.ceil(train / (accumulation * world_size)), accumulation
+    unit = world_size * micro * (accumulation or 1)  # the train batch is a multiple of this
+    train = train or unit
+    steps = accumulation or train // unit
+    if train != micro * steps * world_size:
         below = train // unit * unit
-        fits_in = f"{below} or {below + unit}" if below and not (micro and accumulation) else str(unit)
+        fits_in = f"{below} or {below + unit}" if below and not accumulation else str(unit)
         raise UserError(
-            f"train_batch_size {train} is not train_micro_batch_size_per_gpu {micro or '?'} x "
+            f"train_batch_size {train} is not train_micro_batch_size_per_gpu {micro} x "
             f"gradient_accumulation_steps {accumulation or '?'} x {world_size} ranks: "
             f"a train batch of {fits_in} would fit"
         )
-    return train, solved["micro"], solved["accumulation"]
+    return train, micro, steps
 
 
 def resolve_batch(
@@ -135,8 +139,9 @@ def resolve(
     steps_per_epoch: Callable[[int], int],
     resumed_train_batch: int | None = None,
 ) -> tuple[dict, list[str]]:
-    """The JSON that DeepSpeed gets, with no "auto" left, and notes on what was decided or has no effect.
+    """The JSON of a run, with no "auto" left, and notes on what was decided or has no effect.
 
+    Its train batch is the run's, which ranks need not share evenly: the engine tells DeepSpeed one that they do.
     `steps_per_epoch`: optimiser steps of one epoch at a given train batch. Raises one UserError that lists
     every mistake of the JSON and every contradiction with the flags. `raw` stays as it is.
     """
@@ -146,7 +151,7 @@ def resolve(
     resolution.optimizer()
     resolution.zero(resolution.precision())
     if batch is not None:
-        resolution.schedule(steps_per_epoch(batch[0]) * config.epochs)
+        resolution.schedule(steps_per_epoch(batch[0]) * (config.epochs or 1))
     resolution.monitors()
     unused = leftovers(raw, resolution.resolved)
     problems = resolution.problems + (unused if resolution.problems else [])
@@ -204,21 +209,18 @@ class _Resolution:
         if len(self.problems) > known:
             return None
         try:
-            batch = solve_batch(resumed or train, micro, accumulation, self.machine.world_size)
+            default = self.config.smallest_train_batch
+            batch = solve_batch(resumed or train, micro, accumulation, self.machine.world_size, default)
         except UserError as error:
             self.problems.append(str(error))
             return None
-        if resumed is None and train is None and micro is None and batch[0] != DEFAULT_TRAIN_BATCH_SIZE:
-            self.notes.append(
-                f"train_batch_size {batch[0]}: the default that {self.machine.world_size} ranks can share"
-            )
         for path, value in zip(BATCH_FLAGS, batch, strict=True):
             self.put(path, value)
         return batch
 
     def optimizer(self) -> None:
         """Learning rate, clipping, and what DeepSpeed asks of an optimiser that is not its own."""
-        self.fill("optimizer.params.lr", POSITIVE, "lr", DEFAULT_LR)
+        self.fill("optimizer.params.lr", POSITIVE, "lr", self.config.lr_at_width_192)
         self.fill("gradient_clipping", NUMBER, "max_grad_norm", DEFAULT_MAX_GRAD_NORM)
         self.put("zero_allow_untested_optimizer", True)
         if offload_device(self.raw):

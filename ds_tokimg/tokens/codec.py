@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LAYOUTS = ("patch", "raster")
+from ds_tokimg.choices import LAYOUTS
 
 
 @lru_cache(maxsize=32)

@@ -19,6 +19,7 @@ from ds_tokimg.data.order import steps_per_epoch
 from ds_tokimg.data.text_format import TextFormat, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.model.config import JiTConfig, config_of_name
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
@@ -75,7 +76,6 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
         config.seed,
         patch_noise=config.patch_noise,
         condition_drop=config.condition_drop if config.enable_condition else None,
-        self_conditioning=config.self_conditioning,
         block_size=config.block_size,
         canvas=text_format.canvas,
         eos_id=text_format.eos_id,
@@ -152,20 +152,10 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
     """Model and objective with the run's initial weights, the same on every rank."""
     torch.manual_seed(config.seed)
     try:
-        model = JiT.from_name(
-            config.model,
-            codec,
-            config.img_size,
-            config.head,
-            posterior=config.posterior,
-            layout=config.layout,
-            positions=config.positions,
-            self_conditioning=config.self_conditioning > 0,
-            noisy_depth=config.noisy_depth,
-            neighbours=config.neighbours,
-            in_turn=None if config.in_turn is None else config.in_turn > 0,
-            activation_checkpointing=config.activation_checkpointing,
-        )
+        size = config_of_name(config.model)
+        in_turn = None if config.in_turn is None else config.in_turn > 0
+        shape = {"depth": size.depth, "width": size.width, "heads": size.heads, "patch_size": size.patch_size}
+        model = JiT(codec, config.part(JiTConfig, in_turn=in_turn, **shape))
     except ValueError as error:
         raise UserError(str(error)) from None
     if start is not None:
@@ -199,6 +189,6 @@ def _load_initial(model: JiT, start, source: str) -> None:
     if wrong or set(theirs) - set(ours):
         raise UserError(
             f"--init_from {source} holds another model ({wrong[0] if wrong else 'more weights'} differs): "
-            "use the same --model, --head, --posterior, --self_conditioning, --noisy_depth and --neighbours"
+            "use the same --model, --head, --posterior, --noisy_depth and --neighbours"
         )
     model.load_state_dict(theirs)

@@ -80,7 +80,6 @@ def estimate_bound(
     num_levels: int = DEFAULT_LEVELS,
     seed: int = 0,
     conditional: bool = False,
-    self_conditioning: bool = False,
     block_size: int = 0,
     one_step: bool = False,
     in_turn: bool = False,
@@ -115,7 +114,7 @@ def estimate_bound(
     if not len(dataset):
         raise ValueError("there are no validation texts to bound")
     path = SamplingPath(NoiseLevels.of(layout.codec.radix), one_step, in_turn)
-    batches = ValidationBatches(dataset, layout, path, seed, block_size, conditional, self_conditioning, canvas, eos_id)
+    batches = ValidationBatches(dataset, layout, path, seed, block_size, conditional, canvas, eos_id)
     sums = _Sums(path, timesteps, len(dataset))
 
     @torch.no_grad()
@@ -252,7 +251,6 @@ def bits_per_token(
         block_size=block_size,
         one_step=one_step,
         in_turn=config.in_turn,
-        self_conditioning=config.self_conditioning,
         device=next(model.parameters()).device,
     )
     model.train(was_training)
@@ -277,7 +275,6 @@ def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **o
         one_step=one_step,
         in_turn=in_turn,
         conditional=text_format.enable_condition,
-        self_conditioning=module.model.config.self_conditioning,
         canvas=text_format.canvas,
         eos_id=text_format.eos_id,
         **options,

@@ -12,6 +12,7 @@ from ds_tokimg.engine.ranks import OnlyRank
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.engine_schema import PRECISIONS
+from ds_tokimg.training import automatic
 from ds_tokimg.training.assemble import Parts, assemble
 from ds_tokimg.training.memory import (
     MOMENTS,
@@ -42,7 +43,10 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
     config = dataclasses.replace(config, palette="id", compile=False)
     with empty_weights():
         parts = assemble(config, OnlyRank(), None)
+    config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
+    config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
+    notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     footprint = _footprint(config, parts, settings, machine)
     return {
         "data": _data(parts, settings, machine.world_size),
@@ -52,6 +56,8 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
         "engine": _engine(settings, machine),
         "memory": _memory(footprint, settings, machine, budget),
         "checkpoint_bytes": checkpoint_bytes(footprint, settings["zero_optimization"]["stage"]),
+        "recipe": config.recipe,
+        "automatic": decided,
         "notes": notes,
         "settings": settings,
     }
@@ -152,7 +158,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: engin
         parameters=parameters,
         precision=_precision(settings),
         moments=moments,
-        averages=len(config.ema_decay),
+        averages=int(config.ema_decay > 0),
         zero=settings["zero_optimization"],
         on_cpu=machine.accelerator == "cpu",
         fixed=fixed,

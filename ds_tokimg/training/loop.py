@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ds_tokimg.data.loader import BatchLoader
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
@@ -20,6 +22,7 @@ from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, bound_of
+from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
 from ds_tokimg.training.tracking import Tracker
 
@@ -176,9 +179,12 @@ class Run:
             with contextlib.suppress(OSError):
                 print(line, flush=True)
 
-    def introduce(self, notes: list[str], resumed: Path | None) -> None:
+    def introduce(self, decided: list[str], notes: list[str], resumed: Path | None) -> None:
+        """What the run is: `decided`, what was left open and is now known; `notes`, what its user should know."""
         parts, config = self.parts, self.config
         size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parts.module.parameters())
+        for line in decided:
+            self.log(line)
         for note in notes:
             self.log(f"note: {note}")
         if resumed:
@@ -219,20 +225,13 @@ class Run:
             self._show_samples()
         self.tracker.close()
         self.dist.barrier()
-        folder = self.config.output_dir
         if self.bound is not None:
             self.log(
                 f"\nvalidation: {self.bound.bits_per_token:.4f} bits per token "
                 f"(unigram entropy {self.parts.unigram_entropy:.4f}), {self.bound.bits_per_byte:.4f} bits per byte"
             )
-        self.log(
-            f"TensorBoard:  tensorboard --logdir {folder}/tensorboard\n"
-            f"resume:       python -m ds_tokimg train --resume latest --output_dir {folder}\n"
-            f"generate:     python -m ds_tokimg generate --checkpoint {folder} --num_samples 4\n"
-            f"evaluate:     python -m ds_tokimg evaluate --checkpoint {folder} --data_path {self.config.data_path}\n"
-            f"scale up:     deepspeed --num_accelerators N --module ds_tokimg train --data_path "
-            f"{self.config.data_path} --model JiT-B/4 --output_dir NEW_FOLDER"
-        )
+        for what, command in next_steps(self.config, len(self.parts.train_set), self._a_prompt()).items():
+            self.log(f"{what + ':':<14}{command}")
 
     def _show_samples(self) -> None:
         """Texts from the last checkpoint as a user would get them, from the averaged weights on the disk."""
@@ -247,6 +246,16 @@ class Run:
         self.tracker.images("samples", images_of(trained, texts), step)
         lines = [f"- {text['prompt'] or ''} → {text['text']}" for text in texts]
         self.tracker.text("samples", "\n".join(lines), step)
+
+    def _a_prompt(self) -> str | None:
+        """Of a run whose prompts are conditions: one that its model can be asked to answer."""
+        if not self.config.enable_condition:
+            return None
+        for texts in (self.parts.eval_set, self.parts.train_set):
+            asked = np.flatnonzero(texts.prompt_lengths)
+            if len(asked):
+                return self.parts.tokenizer.decode(texts.prompt_ids(int(asked[0])))
+        return None
 
     def _prompts(self) -> list[str | None]:
         count, held_out = self.config.num_samples, self.parts.eval_set

@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ds_tokimg.choices import OBJECTIVES
 from ds_tokimg.diffusion.path import add_noise_to_timestep
 from ds_tokimg.diffusion.schedule import EntropicSchedule
 from ds_tokimg.diffusion.timesteps import TimestepSampler
 from ds_tokimg.model.flops import train_flops
 from ds_tokimg.model.heads.base import cross_entropy, draws_in_one_step
 from ds_tokimg.model.jit import JiT
-from ds_tokimg.model.prediction import Prediction, probabilities
-
-OBJECTIVES = ("ce", "elbo", "mse")
+from ds_tokimg.model.prediction import Prediction
 
 
 def masked_loss(clean_pred: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
@@ -85,8 +84,8 @@ class TrainingLoss(nn.Module):
         """One micro-batch -> {"loss_sum": scalar, float32, with gradient} and sums for the log.
 
         batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
-        conditions also condition_ids and condition_mask [B, M, K]; with self-conditioning self_condition [B] bool;
-        in_turn [B] bool, texts whose tokens are predicted in turn.
+        conditions also condition_ids and condition_mask [B, M, K]; in_turn [B] bool, texts whose tokens are predicted
+        in turn.
         With `blocks` [N] int64 the text is predicted from left to right (`JiT.predict`).
         With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
         objective), "nats" (cross-entropy; heads with a posterior), "squared_error" (digits summed; `with_mean`: of the
@@ -100,10 +99,9 @@ class TrainingLoss(nn.Module):
         if "condition_ids" in batch:
             condition = (self.colours(batch["condition_ids"]), batch["condition_mask"])
         seen = {"condition": condition, "context": (clean, batch["blocks"]) if "blocks" in batch else None}
-        earlier = self._first_pass(batch, noisy, seen)
         if "in_turn" in batch:
             seen["in_turn"] = (batch["ids"], batch["in_turn"])
-        prediction = self.model.predict(noisy, batch["t"], batch["mask"], self_condition=earlier, **seen)
+        prediction = self.model.predict(noisy, batch["t"], batch["mask"], **seen)
         level = batch["t"] if batch["t"].dim() == 2 else batch["t"][:, None]
         target = Target(clean, batch["ids"], level, self._elbo_weight(level), self.digit_table)
         if not per_patch:
@@ -173,17 +171,6 @@ class TrainingLoss(nn.Module):
         padding = ~batch["mask"].any(-1)  # [B, N]
         t = t.expand(padding.shape)
         return ((t == t[:, first]) | padding).all(1)
-
-    def _first_pass(self, batch, noisy, seen: dict) -> Tensor | None:
-        """Self-conditioning (Chen et al., "Analog bits", 2022): what the model itself predicts at first, for the
-        samples whose draw says so; zeros, the input of a first pass, for the others."""
-        if "self_condition" not in batch:
-            return None
-        with torch.no_grad():
-            prediction = self.model.predict(noisy, batch["t"], batch["mask"], **seen)
-            value = probabilities(prediction)
-        chosen = batch["self_condition"].view(-1, *[1] * (value.dim() - 1))
-        return value * chosen
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Valid pixels of a micro-batch."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
+from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -18,25 +20,41 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     """A whole run. Nothing is written before all settings, data and the model have been found to fit."""
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
+    from ds_tokimg.training import automatic
     from ds_tokimg.training.assemble import assemble
     from ds_tokimg.training.loop import Run
 
-    resumed = checkpoints.find(config.output_dir, config.resume, dist) if config.resume else None
+    config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
+    resumed = find_resumed(config, dist)
     state = checkpoints.read_state(resumed) if resumed else {}
+    train_batch_size = state.get("train_batch_size")
     dist.on_first_rank(lambda: check_output(config, resumed))
     parts = assemble(config, dist, resumed)
-    settings, notes = engine_json.resolve(
-        raw, config, machine_capabilities(), parts.steps_per_epoch, state.get("train_batch_size")
-    )
-    dist.on_first_rank(lambda: write_settings(config, settings, parts))
+    config, decided = automatic.decide(config, raw, len(parts.train_set), dist.world_size, train_batch_size)
+    settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
+    config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
+    notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
+    dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     check_shared(config, dist)
     engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
     if resumed:
         state = checkpoints.load(engine, resumed)
     run = Run(config, settings, parts, engine, state)
-    run.introduce(notes, resumed)
+    run.introduce(decided, notes, resumed)
     run.loop()
     run.finish()
+
+
+def find_resumed(config: TrainConfig, dist: Dist) -> Path | None:
+    """The checkpoint that the run goes on from, the same on all ranks; None for a new run."""
+    from ds_tokimg.engine import checkpoint as checkpoints
+
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        return checkpoints.find(config.output_dir, config.resume, dist)
+    goes_on = dist.on_first_rank(lambda: has_checkpoint(config.output_dir))
+    return checkpoints.find(config.output_dir, "latest", dist) if goes_on else None
 
 
 def check_output(config: TrainConfig, resumed: Path | None) -> None:
@@ -48,12 +66,14 @@ def check_output(config: TrainConfig, resumed: Path | None) -> None:
         )
 
 
-def write_settings(config: TrainConfig, settings: dict, parts: Parts) -> None:
-    """config.json, ds_config.json and the tokenizer: what resuming, evaluation and generation need."""
+def write_settings(config: TrainConfig, raw: dict, settings: dict, parts: Parts) -> None:
+    """config.json, the engine's JSON as given and as resolved, and the tokenizer: what resuming, evaluation and
+    generation need."""
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.json")
+        engine_json.save(raw, folder / GIVEN_JSON)
         engine_json.save(settings, folder / "ds_config.json")
         parts.tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:

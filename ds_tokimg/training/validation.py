@@ -25,7 +25,6 @@ class ValidationBatches:
     seed: int = 0
     block_size: int = 0
     conditional: bool = False
-    self_conditioning: bool = False
     canvas: int = 0
     eos_id: int = 0
 
@@ -88,15 +87,11 @@ class ValidationBatches:
         if self.conditional:
             prompts = [self.dataset.prompt_ids(int(i)) for i in indices] or [np.zeros(0, np.int64)]
             batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts)
-        if self.self_conditioning:
-            batch["self_condition"] = torch.ones(len(ids), dtype=torch.bool)
         return batch
 
     def drawn(self, indices: np.ndarray, noise: int) -> dict[str, Tensor]:
         """`make`, where tokens are drawn."""
         batch = self.make(indices, np.full((len(indices), 1), self.path.drawn_at), noise)
-        if self.path.one_step:  # nothing has been predicted before a first step
-            batch.pop("self_condition", None)
         if self.path.in_turn:
             batch["in_turn"] = torch.ones(len(batch["ids"]), dtype=torch.bool)
         return batch

@@ -87,6 +87,9 @@ def test_mistakes_in_the_json(json_changes, expected, corpus, tmp_path, capsys):
         (["--use_chat_template"], "chat template"),
         (["--lr", "-1"], "--lr"),
         (["--head", "linear", "--objective", "ce"], "linear"),
+        (["--recipe", "at_onec"], "did you mean 'at-once'"),
+        (["--recipe", "none.toml"], "none.toml"),
+        (["--resume", ""], "--resume: is empty"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -130,7 +133,9 @@ def test_mistakes_in_the_data(name, content, expected, tmp_path, capsys):
         (["evaluate", "--checkpoint", "nowhere", "--data_path", "x.txt"], "nowhere"),
         (["evaluate", "--checkpoint", "RUN", "--data_path", "nowhere.txt"], "nowhere.txt"),
         (["export", "--checkpoint", "RUN", "--output", "RUN"], "not empty"),
+        (["generate", "--checkpoint", ""], "--checkpoint: is empty"),
         (["plan", "--data_path", "nowhere.txt"], "nowhere.txt"),
+        (["plan", "--data_path", "x.txt", "--recipe", "diffusion"], "available: at-once, left-to-right, reference"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )

@@ -59,9 +59,7 @@ def test_a_text_that_does_not_fit():
 @pytest.mark.parametrize("patch_noise", [0.0, 0.5])
 def test_draws_do_not_depend_on_partition_or_padding(patch_noise, layout):
     texts = random_texts(50, LENGTHS, PROMPTS)
-    maker = maker_of(
-        layout, patch_noise=patch_noise, condition_drop=0.5, self_conditioning=0.5, canvas=8, eos_id=7, in_turn=0.5
-    )  # fmt: skip
+    maker = maker_of(layout, patch_noise=patch_noise, condition_drop=0.5, canvas=8, eos_id=7, in_turn=0.5)
     indices, positions = np.array([5, 0, 3, 7, 1, 2, 6, 4]), np.arange(40, 48)
     whole = maker(texts, indices, positions, epoch=2)
     for part in ([0], [1, 2], [3, 4, 5, 6, 7], [7, 0]):
@@ -177,12 +175,6 @@ def test_conditions_are_dropped_at_the_rate_asked_for():
     assert always["condition_mask"].shape == (2, 1, 16) and not always["condition_mask"].any()
 
 
-def test_self_conditioning_rate():
-    texts = random_texts(50, [5] * 600)
-    drawn = maker_of(self_conditioning=0.5)(texts, range(600), range(600), 0)["self_condition"]
-    assert drawn.dtype == torch.bool and 245 < drawn.sum() < 355
-
-
 def test_canvas_fills_answers_with_the_end_token():
     texts = random_texts(7, [5, 40, 20], [3, 3, 0])  # ids below 7; the third has no prompt
     maker, lengths = maker_of(condition_drop=0.0, canvas=6, eos_id=9), {0: [], 1: [], 2: []}
@@ -205,7 +197,7 @@ def test_canvas_fills_answers_with_the_end_token():
 @pytest.mark.parametrize("patch_noise", [0.0, 0.5])
 def test_an_empty_micro_batch_is_one_row_of_padding(patch_noise):
     texts = random_texts(50, [5], [3])
-    maker = maker_of(patch_noise=patch_noise, condition_drop=0.1, self_conditioning=0.5)
+    maker = maker_of(patch_noise=patch_noise, condition_drop=0.1)
     batch = maker(texts, [], [], 0)
     assert {name: len(value) for name, value in batch.items()} == dict.fromkeys(maker(texts, [0], [0], 0), 1)
     assert not batch["mask"].any() and not batch["condition_mask"].any()

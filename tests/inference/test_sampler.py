@@ -254,7 +254,7 @@ def test_states_follow_the_noising_path(sampler):
 @pytest.mark.parametrize("block_size", [0, 2])
 def test_a_text_does_not_depend_on_its_batch(sampler, head, block_size):
     """Lengths, prompts and given tokens of the neighbours make no difference."""
-    model = tiny_model(CODEC, self_conditioning=True, **head).eval()
+    model = tiny_model(CODEC, **head).eval()
     lengths = [40, 3, 17, 60, 16, 33]
     prompts = [[1, 2, 3], [], [5] * 30, [], [7], [8, 9]]
     given = [{}, {0: 4}, {}, dict.fromkeys(range(20), 7), {}, {30: 1}]
@@ -301,7 +301,7 @@ def test_the_global_generator_is_left_alone():
 @pytest.mark.parametrize("block_size", [0, 3])
 def test_given_tokens_stay(head, sampler, layout, block_size):
     codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
-    model = tiny_model(codec, layout=layout, self_conditioning=True, **head)
+    model = tiny_model(codec, layout=layout, **head)
     rng, lengths = np.random.default_rng(1), [256, 70, 33]
     given = [{int(i): int(rng.integers(50)) for i in rng.choice(n, n // 2, replace=False)} for n in lengths]
     given[2] = {i: 49 - i for i in range(33)}
@@ -314,29 +314,23 @@ def test_given_tokens_stay(head, sampler, layout, block_size):
 @pytest.mark.parametrize("head", HEADS)
 def test_given_tokens_are_shown_at_the_level_they_have(head):
     """Patches that are known as a whole without noise, others on their own noising path."""
-    model, shown = tiny_model(CODEC, self_conditioning=True, **head), []
+    model, shown = tiny_model(CODEC, **head), []
     original = model.predict
 
-    def predict(z, t, *args, self_condition=None, **kwargs):
-        shown.append((z, t, self_condition))
-        return original(z, t, *args, self_condition=self_condition, **kwargs)
+    def predict(z, t, *args, **kwargs):
+        shown.append((z, t))
+        return original(z, t, *args, **kwargs)
 
     model.predict = predict
     sample(model, [48], SamplingOptions(16, "euler"), given=[dict.fromkeys(range(20), 7)])
     colour = CODEC.codebook[7].repeat(16)
     path = []
-    for z, t, _ in shown:
+    for z, t in shown:
         assert t[0, 0] == 0 and t[0, 1] == t[0, 2] > 0
         torch.testing.assert_close(z[0, 0], colour)
         sigma = float(t[0, 1]) / 1000
         path.append((z[0, 1, :12] - (1 - sigma) * colour[:12]) / sigma)  # the noise in what is known of the second
     assert all(torch.allclose(noise, path[1], atol=2e-2) for noise in path)
-    assert shown[0][2] is None
-    for _, _, earlier in shown[1:]:  # what the model hears of its own prediction is certain of them
-        value = earlier.unflatten(-1, (16, 3)) if earlier.dim() == 3 else earlier
-        certain = {3: colour[:3], 4: torch.eye(50)[7], 5: torch.eye(4)[[7 // 4**k % 4 for k in range(3)]]}
-        target = certain[earlier.dim()]
-        torch.testing.assert_close(value[0, 1, :4], target.expand_as(value[0, 1, :4]), atol=1e-5, rtol=0)
 
 
 def test_guidance():
@@ -369,22 +363,6 @@ def test_guidance_extrapolates_the_predictions(head):
     name = "clean" if head.get("head") else "logits"
     a, b = getattr(without, name), getattr(given, name)
     torch.testing.assert_close(getattr(guided, name), a + 2.5 * (b - a))
-
-
-def test_self_conditioning_is_carried_along():
-    model, heard, said = tiny_model(CODEC, self_conditioning=True), [], []
-    original = model.predict
-
-    def predict(*args, self_condition=None, **kwargs):
-        heard.append(self_condition)
-        said.append(original(*args, self_condition=self_condition, **kwargs))
-        return said[-1]
-
-    model.predict = predict
-    sample(model, [40], SamplingOptions(6, "euler"))
-    assert heard[0] is None
-    for earlier, prediction in zip(heard[1:], said, strict=False):
-        assert torch.equal(earlier, prediction.logits.softmax(-1))
 
 
 def test_an_untrained_posterior_writes_uniform_tokens():

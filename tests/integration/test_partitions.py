@@ -81,7 +81,7 @@ def train_once(folder: Path, data: dict[str, Path], steps: int, name: str, cut: 
     epochs = STEPS if name == "few" else 2
     flags = small_flags(data[name], folder / "run", *settings_file(folder, stage, micro_batch), "--no_packing")
     flags += f"--eval_data_path {data['few']} --max_tokens 256 --epochs {epochs} --max_steps {steps} --lr 2e-3".split()
-    flags += "--enable_condition --self_conditioning 0.5 --ema_decay 0.9".split()
+    flags += "--enable_condition --ema_decay 0.9".split()
     flags += f"--train_batch_size {BATCH} --eval_interval {EVAL_INTERVAL} --save_interval 1000".split()
     train_in_ranks(ranks, [*flags, *map(str, more)])
 
@@ -147,6 +147,37 @@ def test_from_left_to_right_too(data, record, tmp_path):
         folder.mkdir()
         train_once(folder, data, FEW_STEPS, "few", cut, *flags)
     assert_same_curve(tmp_path / "cut" / "run", tmp_path / "whole" / "run", record)
+
+
+def train_batch_of_four(folder: Path, data: dict[str, Path], ranks: int, stage: str) -> list[dict]:
+    """A short run whose micro-batch and accumulation are left open -> its metrics."""
+    path = folder / "stage.json"
+    path.write_text(json.dumps(SHIPPED | {"zero_optimization": {"stage": stage}}))
+    flags = small_flags(
+        data["mixed"], folder / "run", "--train_batch_size", 4, "--no_packing", "--deepspeed_config", path
+    )
+    train_in_ranks(ranks, [*flags, "--eval_data_path", str(data["few"]), "--timesteps", "entropic"])
+    resolved = json.loads((folder / "run" / "ds_config.json").read_text())
+    assert resolved["train_batch_size"] == json.loads((folder / "run" / "config.json").read_text())["train_batch_size"]
+    assert resolved["train_batch_size"] == 4
+    assert resolved["train_micro_batch_size_per_gpu"] == -(-4 // ranks)
+    return metrics(folder / "run")
+
+
+@pytest.mark.parametrize(
+    "cut", [(3, 2), (8, "auto"), *(pytest.param(cut, marks=pytest.mark.slow) for cut in [(2, "auto"), (8, 3)])], ids=str
+)
+def test_a_train_batch_of_four_is_the_same_run_on_any_number_of_ranks(cut, data, record, tmp_path):
+    """Also where they cannot share it evenly, or where there are more ranks than texts."""
+    (tmp_path / "one").mkdir()
+    expected = train_batch_of_four(tmp_path / "one", data, 1, "auto")
+    rows = train_batch_of_four(tmp_path, data, *cut)
+    assert len(rows) == 4 and [row["consumed_samples"] for row in rows] == [4, 8, 12, 16]
+    assert [row["valid_tokens"] for row in rows] == [row["valid_tokens"] for row in expected]
+    for key, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE), ("val_loss", LOSS_TOLERANCE)):
+        difference = largest_difference(rows, expected, key)
+        record(key, difference)
+        assert difference < tolerance, key
 
 
 def with_muon(monkeypatch) -> None:

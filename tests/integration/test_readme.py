@@ -10,11 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from ds_tokimg.settings.config import TrainConfig
 from tests.support.runs import ROOT, copy_project, metrics
 
 # What makes a training run of the README short; everything else is as written there.
 SHORT = "--max_steps 2 --eval_fraction 0.002 --num_samples 1 --train_batch_size 2 --max_tokens 64"
-TRAINING = re.compile(r"ds_tokimg train|launch/train\.sh")
+TRAINING = re.compile(r"ds[-_]tokimg train|launch/train\.sh")
+# What `pip install` makes of the package's entry point.
+PROGRAM = """#!/bin/sh
+exec {python} -m ds_tokimg "$@"
+"""
+# What a run says at its end.
+FIGURES = re.compile(r"validation: ([\d.]+) bits per token \(unigram entropy ([\d.]+)\)")
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +32,13 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory, project) -> dict:
-    """The environment of these tests stands for the one that launch/setup.sh makes."""
+    """The environment of these tests stands for the one that launch/setup.sh makes, with the package installed."""
+    program = tmp_path_factory.mktemp("bin") / "ds-tokimg"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
     return os.environ | {
         "VENV": sys.prefix,
-        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+        "PATH": f"{program.parent}:{sys.prefix}/bin:{os.environ['PATH']}",
         "PYTHONPATH": str(project),
         "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("cache")),
         "OMP_NUM_THREADS": "1",
@@ -40,9 +50,9 @@ def commands(language: str = "bash") -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line]
 
 
-def call(command: str, project: Path, environment: dict) -> str:
+def call(command: str, project: Path, environment: dict, timeout: float = 300) -> str:
     done = subprocess.run(
-        shlex.split(command), cwd=project, env=environment, capture_output=True, text=True, timeout=300
+        shlex.split(command), cwd=project, env=environment, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -55,6 +65,7 @@ def test_the_readme_names_the_two_commands():
 def test_launch_train(project, environment):
     printed = call(f"bash launch/train.sh {SHORT} --output_dir runs/script --model JiT-XS/4", project, environment)
     assert len(metrics(project / "runs" / "script")) == 2
+    assert TrainConfig.load(project / "runs" / "script" / "config.json").recipe == "at-once"
     for word in (
         "bits/token",
         "samples:",
@@ -91,6 +102,27 @@ def test_every_command_of_the_readme(project, environment):
     assert (project / "figures.json").is_file() and list((project / "pictures").glob("*.png"))
     code = "\n".join(commands("python"))
     assert call(f"{sys.executable} -c {shlex.quote(code)}", project, environment) == ""
+
+
+def learns_something(printed: str) -> bool:
+    """Whether held-out texts cost fewer bits than their tokens one by one."""
+    bits, unigram_entropy = map(float, FIGURES.search(printed).groups())
+    return bits < unigram_entropy
+
+
+@pytest.mark.slow
+def test_the_example_of_prompts_and_answers_is_worth_running(project, environment):
+    """As written in the README."""
+    (command,) = (line for line in commands() if TRAINING.search(line) and "--enable_condition" in line)
+    assert learns_something(call(f"{command} --output_dir runs/worth", project, environment, timeout=1200))
+
+
+@pytest.mark.slow
+def test_launch_train_learns_the_bundled_corpus(project, environment):
+    """A quarter of the run is enough to be below the unigram entropy."""
+    printed = call("bash launch/train.sh --max_steps 250 --output_dir runs/whole", project, environment, timeout=900)
+    assert learns_something(printed)
+    assert "samples:" in printed and "too few to learn" not in printed
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Whole runs of the trainer through its own entry points: files, resume, precision, conditions, fine-tuning."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from ds_tokimg.__main__ import main
 from ds_tokimg.errors import UserError
+from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import assemble
 from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
@@ -59,6 +61,61 @@ def test_a_run_leaves_the_files_of_the_contract(run):
     words = ("bits/token", "in turn", "grad norm", "tokens/s", "left", "unigram entropy", "samples:")
     for word in (*words, "tensorboard --logdir"):
         assert word in printed
+
+
+def test_the_commands_that_a_run_ends_with_go_on_with_it(run, corpus, capsys):
+    folder, printed = run
+    lines = dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line)
+    words = {what: shlex.split(lines[what]) for what in ("resume", "generate", "evaluate", "scale up")}
+    for what in ("evaluate", "generate"):
+        assert words[what][:3] == ["python", "-m", "ds_tokimg"]
+        assert main(words[what][3:]) == 0
+    assert "bits per token" in capsys.readouterr().out
+    resumed, larger = (train_config(words[what][4:]) for what in ("resume", "scale up"))
+    own = TrainConfig.load(folder / "config.json")
+    assert (resumed.output_dir, resumed.seed, resumed.recipe) == (str(folder), 1, "at-once")
+    assert (larger.model, larger.img_size, larger.timesteps) == ("JiT-B/4", own.img_size, own.timesteps)
+
+
+def test_what_was_left_open_is_decided_told_and_written_down(corpus, tmp_path):
+    flags = ["--data_path", corpus, "--output_dir", tmp_path / "run", "--model", "JiT-XS/4", "--img_size", 16]
+    flags += ["--max_tokens", 64, "--vocab_size", 300, "--max_steps", 1, "--num_samples", 0]
+    printed = train_in_ranks(2, list(map(str, flags)))
+    config = TrainConfig.load(tmp_path / "run" / "config.json")
+    # The tiny model is 32 wide, and the corpus small.
+    assert (config.lr, config.train_batch_size) == (6e-3 * 192 / 32, 4)
+    assert "automatic: lr 0.036 for JiT-XS/4, train batch 4" in printed
+    assert f"{config.epochs} epoch(s)" in printed
+    assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["optimizer"]["params"]["lr"] == config.lr
+
+
+def test_a_short_schedule_is_said_aloud(run):
+    assert "too few to learn much: give --epochs above 1" in run[1]
+
+
+def test_auto_starts_a_run_and_goes_on_with_it(corpus, tmp_path):
+    """Several ranks decide alike."""
+    flags = small_flags(corpus, tmp_path / "run", "--resume", "auto", "--save_interval", 2)
+    assert "resumed" not in train_in_ranks(2, [*flags, "--max_steps", "2"])
+    assert "resumed" in train_in_ranks(2, flags)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_without_validation(corpus, tmp_path):
+    printed = train_in_ranks(1, small_flags(corpus, tmp_path / "run", "--eval_fraction", 0, "--num_samples", 1))
+    assert "0 validation images" in printed and "samples:" in printed
+    assert not any("val_loss" in row for row in metrics(tmp_path / "run"))
+    assert main(["generate", "--checkpoint", str(tmp_path / "run"), "--num_inference_steps", "2"]) == 0
+
+
+def test_a_run_goes_on_with_its_own_json_in_its_own_folder(corpus, tmp_path):
+    folder = tmp_path / "run"
+    stage = with_json(tmp_path, zero_optimization={"stage": 2}, gradient_clipping=0.5)
+    train_in_ranks(2, small_flags(corpus, folder, *stage, "--max_steps", 2, "--save_interval", 2))
+    (tmp_path / "edited.json").unlink()
+    assert "ZeRO stage 2" in train_in_ranks(1, ["--resume", str(folder), "--max_steps", "3"])
+    assert len(metrics(folder)) == 3
+    assert json.loads((folder / "ds_config.json").read_text())["gradient_clipping"] == 0.5
 
 
 def test_tensorboard_has_the_scalars(run):
@@ -218,8 +275,8 @@ def test_fine_tuning_starts_from_the_weights_tokenizer_and_codec_of_a_checkpoint
         torch.testing.assert_close(after.model.state_dict()[name], value, atol=1e-7, rtol=0)
 
 
-def test_self_conditioning_and_semantic_palette(corpus, tmp_path):
-    flags = small_flags(corpus, tmp_path / "run", "--self_conditioning", 0.5, "--palette", "semantic", "--max_steps", 2)
+def test_semantic_palette(corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", "--palette", "semantic", "--max_steps", 2)
     train_in_ranks(2, flags)
     train_in_ranks(
         1, ["--resume", "latest", "--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--num_samples", "0"]
@@ -275,7 +332,7 @@ def test_real_vocabulary(path, radix, shared_tokenizers, corpus, tmp_path):
 
 def test_linear_head_with_the_reference_colours(corpus, tmp_path):
     """The reference system stays available as a baseline."""
-    reference = ["--head", "linear", "--radix", 256, "--timesteps", "uniform", "--objective", "mse", "--patch_noise", 0]
+    reference = ["--recipe", "reference", "--timesteps", "uniform"]
     train_in_ranks(1, small_flags(corpus, tmp_path / "run", *reference, "--max_steps", 2))
     assert metrics(tmp_path / "run")[-1]["val_bits_per_token"] > 50
 
@@ -309,7 +366,7 @@ def test_compiled_blocks_train_the_same(run, corpus, tmp_path):
 
 def test_compiling_without_a_compiler_is_a_users_mistake(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config = TrainConfig.from_args(small_flags(corpus, tmp_path / "run", "--compile"))
+    config = train_config(small_flags(corpus, tmp_path / "run", "--compile"))
     with pytest.raises(UserError, match="no-such-compiler"):
         assemble(config, AloneOnCpu(), None)
 
@@ -332,7 +389,7 @@ def test_a_run_never_writes_into_another(run, corpus):
 
 def test_a_resumed_run_cannot_become_another(run):
     with pytest.raises(UserError, match=r"--model is 'JiT-S/4', the run has 'JiT-XS/4'"):
-        TrainConfig.from_args(["--resume", "--output_dir", str(run[0]), "--model", "JiT-S/4"])
+        train_config(["--resume", "--output_dir", str(run[0]), "--model", "JiT-S/4"])
 
 
 def test_resuming_with_another_tokenizer_is_refused(run, tmp_path, shared_tokenizers):

@@ -16,11 +16,11 @@ CODEC = TokenCodec(50)
 LENGTHS, PROMPTS = (30, 17, 60), (8, 40, 21)
 
 
-def module_and_batch(objective="ce", patch_noise=0.0, conditions=False, self_conditioning=0.0, block_size=0, **options):
-    model = tiny_model(CODEC, self_conditioning=self_conditioning > 0, **options)
+def module_and_batch(objective="ce", patch_noise=0.0, conditions=False, block_size=0, **options):
+    model = tiny_model(CODEC, **options)
     module = TrainingLoss(model, objective)
     drop = 0.0 if conditions else None
-    settings = {"patch_noise": patch_noise, "self_conditioning": self_conditioning, "block_size": block_size}
+    settings = {"patch_noise": patch_noise, "block_size": block_size}
     maker = BatchMaker(layout_of(model), module.timesteps, 0, condition_drop=drop, **settings)
     indices = np.arange(len(LENGTHS))
     return module, maker(random_texts(50, LENGTHS, PROMPTS), indices, indices, 0)
@@ -40,7 +40,6 @@ def seen_by_torch(module, batch) -> int:
         {"posterior": "digits", "patch_noise": 1.0},
         {"posterior": "digits", "conditions": True},
         {"posterior": "digits", "conditions": True, "patch_noise": 1.0},
-        {"posterior": "digits", "self_conditioning": 1.0},
         {"posterior": "digits", "block_size": 2},
         {"posterior": "digits", "block_size": 2, "conditions": True, "patch_noise": 1.0},
         {"posterior": "digits", "block_size": 2, "noisy_depth": 1},

@@ -70,15 +70,13 @@ def test_untrained_blocks_are_the_identity():
 
 
 def test_every_weight_learns():
-    """No parameter is without gradient in a model under way, with conditions and self-conditioning."""
+    """No parameter is without gradient in a model under way, with conditions."""
     for head in HEADS:
-        model = tiny_model(CODEC, self_conditioning=True, **head)
+        model = tiny_model(CODEC, **head)
         noisy, mask = noisy_images([60, 20], torch.tensor([700, 300]))
         patches, slots = model.patchify(noisy)[:, :4], model.slot_mask(mask, noisy)[:, :4]
-        earlier = model.predict(patches, torch.tensor([700, 300]), slots)
-        earlier = earlier.clean if earlier.logits is None else earlier.logits.softmax(-1)
         condition = (patches[:, :2], slots[:, :2])
-        prediction = model.predict(patches, torch.tensor([700, 300]), slots, condition, self_condition=earlier.detach())
+        prediction = model.predict(patches, torch.tensor([700, 300]), slots, condition)
         (prediction.clean**2).sum().backward()
         silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert not silent
@@ -123,10 +121,9 @@ def test_invalid_patches_and_cells_do_not_matter(head):
     assert change[0, :5].min() > 1e-4 and not change[1].any()
 
 
-@pytest.mark.parametrize("positions", ["reading", "grid"])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_text_in_a_batch_is_what_it_is_alone(head, positions):
-    model = tiny_model(CODEC, positions=positions, **head)
+def test_a_text_in_a_batch_is_what_it_is_alone(head):
+    model = tiny_model(CODEC, **head)
     lengths, t = [256, 100, 7, 0], torch.tensor([600, 200, 900, 5])
     noisy, mask = noisy_images(lengths, t)
     together = model(noisy, t, mask=mask)
@@ -321,34 +318,22 @@ def test_a_level_per_patch_belongs_to_its_patch():
         torch.testing.assert_close(result[:, i : i + 1], alone.clean, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("positions", "shift"), [("reading", 5), ("grid", 4)])
-def test_only_relative_places_matter(positions, shift):
-    """`grid`: 4 patches further is one row down. A shuffle, on the other hand, is another text."""
-    model = tiny_model(CODEC, positions=positions)
+def test_only_relative_places_matter():
+    """A shuffle, on the other hand, is another text."""
+    model = tiny_model(CODEC)
     t = torch.tensor([500])
     noisy, _ = noisy_images([96], t)
     patches, slots = model.patchify(noisy)[:, :6], torch.ones(1, 6, 16, dtype=torch.bool)
     places = torch.arange(6)[None]
     here = model.predict(patches, t, slots, positions=places).clean
     torch.testing.assert_close(model.predict(patches, t, slots).clean, here)
-    there = model.predict(patches, t, slots, positions=places + shift).clean
+    there = model.predict(patches, t, slots, positions=places + 5).clean
     torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
     shuffled = model.predict(patches, t, slots, positions=places.flip(1)).clean
     assert (shuffled - here).abs().max() > 1e-3
 
 
-def test_grid_places_are_rows_and_columns():
-    """In the grid, right of and below a patch are different; one step right is the same in every row."""
-    model = tiny_model(CODEC, positions="grid")
-    cos, sin = model._rotation(torch.arange(16)[None])
-    angles = torch.atan2(sin, cos)[0, 0].view(4, 4, -1)  # [row, column, half of the head's width]
-    rows, columns = angles.chunk(2, -1)
-    assert torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
-    for turned in (rows[1, 0, 0], columns[0, 1, 0]):  # the fastest pair turns by one radian a step
-        assert float(turned) == pytest.approx(1)
-
-
-# ---- gradients, self-conditioning ----
+# ---- gradients ----
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -383,18 +368,6 @@ def test_activation_checkpointing_changes_no_gradient():
         model(noisy, torch.tensor([300]), mask=mask).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_self_conditioning_starts_from_nothing():
-    model = tiny_model(CODEC, self_conditioning=True)
-    t = torch.tensor([300])
-    noisy, mask = noisy_images([70], t)
-    patches, slots = model.patchify(noisy), model.slot_mask(mask, noisy)
-    first = model.predict(patches, t, slots)
-    zeros = torch.zeros_like(first.logits)
-    assert torch.equal(model.predict(patches, t, slots, self_condition=zeros).logits, first.logits)
-    second = model.predict(patches, t, slots, self_condition=first.logits.softmax(-1))
-    assert (second.logits - first.logits).abs().max() > 1e-3
 
 
 # ---- patches ----
@@ -475,7 +448,7 @@ def test_the_posterior_follows_the_vocabulary_and_the_tokens_of_a_patch():
 @pytest.mark.parametrize("head", HEADS)
 def test_pretrained_round_trip(tmp_path, head):
     codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
-    model = tiny_model(codec, positions="grid", self_conditioning=True, **head)
+    model = tiny_model(codec, **head)
     model.save_pretrained(tmp_path / "export")
     again = JiT.from_pretrained(tmp_path / "export")
     assert again.config == model.config and not again.training
@@ -507,7 +480,6 @@ def test_unknown_names_list_the_known(name):
     [
         ({"head": "softmax"}, "unknown head 'softmax'; available: posterior, linear"),
         ({"posterior": "words"}, "unknown posterior 'words'; available: auto, tokens, digits, tree"),
-        ({"positions": "none"}, "unknown positions 'none'; available: reading, grid"),
         ({"layout": "spiral"}, "unknown layout 'spiral'; available: patch, raster"),
         ({"img_size": 30}, "img_size 30 is not a multiple"),
     ],

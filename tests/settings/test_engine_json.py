@@ -7,7 +7,7 @@ import pytest
 
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_schema as ds_schema
-from ds_tokimg.settings.config import DEFAULT_LR, DEFAULT_MAX_GRAD_NORM, TrainConfig
+from ds_tokimg.settings.config import DEFAULT_MAX_GRAD_NORM, TrainConfig
 from ds_tokimg.settings.engine_json import CPU_BUCKET_SIZE, SHIPPED, Machine, read, resolve, resolve_batch, solve_batch
 from ds_tokimg.settings.engine_schema import check
 
@@ -62,10 +62,10 @@ def test_nothing_automatic_is_left(machine):
 
 def test_defaults_stand_in_for_missing_flags():
     result = resolved(shipped())
-    assert result["optimizer"]["params"]["lr"] == DEFAULT_LR
+    assert result["optimizer"]["params"]["lr"] == settings().lr_at_width_192
     assert result["gradient_clipping"] == DEFAULT_MAX_GRAD_NORM
     assert resolved(shipped(gradient_clipping=None))["gradient_clipping"] == DEFAULT_MAX_GRAD_NORM
-    assert result["train_batch_size"] == result["train_micro_batch_size_per_gpu"] == 32
+    assert result["train_batch_size"] == result["train_micro_batch_size_per_gpu"] == settings().smallest_train_batch
     assert result["tensorboard"] == {"enabled": True, "output_path": "runs/default", "job_name": "tensorboard"}
 
 
@@ -91,9 +91,11 @@ def test_an_explicit_value_and_another_flag_are_an_error_that_names_both():
     ("given", "expected"),
     [
         ((None, None, None, 1), (32, 32, 1)),
-        ((None, None, None, 3), (33, 11, 1)),
-        ((None, None, None, 64), (64, 1, 1)),
-        ((None, None, 5, 3), (30, 2, 5)),
+        ((None, None, None, 3), (32, 11, 1)),
+        ((None, None, None, 64), (32, 1, 1)),
+        ((None, None, 5, 3), (32, 3, 5)),
+        ((3, None, None, 4), (3, 1, 1)),
+        ((32, None, 4, 3), (32, 3, 4)),
         ((None, 8, None, 2), (16, 8, 1)),
         ((None, 8, 2, 2), (32, 8, 2)),
         ((48, None, None, 2), (48, 24, 1)),
@@ -103,7 +105,7 @@ def test_an_explicit_value_and_another_flag_are_an_error_that_names_both():
     ],
 )
 def test_batch_triple(given, expected):
-    assert solve_batch(*given) == expected
+    assert solve_batch(*given, 32) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,14 +113,14 @@ def test_batch_triple(given, expected):
     [
         ((10, 4, None, 1), "8 or 12"),
         ((10, 4, 2, 1), "8"),
-        ((3, None, None, 4), "4"),
-        ((32, None, None, 3), "30 or 33"),
         ((32, 64, None, 1), "64"),
+        ((4, 1, None, 8), "8"),
+        ((4, 1, 1, 8), "8"),
     ],
 )
 def test_batch_without_a_solution(given, fix):
     with pytest.raises(UserError, match=f"a train batch of {fix} would fit"):
-        solve_batch(*given)
+        solve_batch(*given, 32)
 
 
 def test_a_resumed_run_keeps_its_train_batch():
@@ -126,8 +128,9 @@ def test_a_resumed_run_keeps_its_train_batch():
     assert resolve_batch(shipped(), settings(batch_size=4), 2, 48) == (48, 4, 6)
     with pytest.raises(UserError, match="train_batch_size is 16 and the checkpoint was trained with 48"):
         resolve_batch(shipped(train_batch_size=16), settings(), 1, 48)
+    assert resolve_batch(shipped(), settings(), 5, 48) == (48, 10, 1)
     with pytest.raises(UserError, match=r"train_batch_size 48 is not .* 5 ranks"):
-        resolve_batch(shipped(), settings(), 5, 48)
+        resolve_batch(shipped(), settings(batch_size=4), 5, 48)
     assert resolved(shipped(), resumed=48)["train_batch_size"] == 48
 
 
@@ -375,6 +378,6 @@ def test_deepspeed_accepts_the_resolved_json(machine):
     deepspeed_config = pytest.importorskip("deepspeed.runtime.config")
     result = resolved(shipped(), machine)
     config = deepspeed_config.DeepSpeedConfig(result)
-    assert config.train_batch_size == 32
+    assert config.train_batch_size == settings().smallest_train_batch
     assert config.zero_optimization_stage == result["zero_optimization"]["stage"]
     assert config.gradient_clipping == 1.0

@@ -151,10 +151,10 @@ def engine_config(stage: int, world_size: int, accumulation: int = 1, size: int 
     }
 
 
-def tiny_engine(dist, stage: int, ema_decay=(0.9,), seed: int = 0, accumulation: int = 1, **blocks) -> TrainEngine:
+def tiny_engine(dist, stage: int, ema_decay=0.9, seed: int = 0, accumulation: int = 1, **blocks) -> TrainEngine:
     """A TrainEngine around a TinyModule; other ranks than the first start from other weights."""
     config = engine_config(stage, dist.world_size, accumulation, **blocks)
-    return TrainEngine(TinyModule(seed + dist.rank), config, list(ema_decay), dist)
+    return TrainEngine(TinyModule(seed + dist.rank), config, ema_decay, dist)
 
 
 def train(engine: TrainEngine, steps: int) -> list:

@@ -37,6 +37,7 @@ def copy_project(folder: Path) -> Path:
 def small_flags(data_path, output_dir, *more) -> list[str]:
     """Flags of a run that takes a few seconds; later flags win."""
     defaults = "--model JiT-XS/4 --img_size 16 --max_tokens 64 --vocab_size 300 --train_batch_size 8 --seed 1"
+    defaults += " --timesteps band --lr 1e-3 --epochs 1"
     intervals = "--log_interval 1 --eval_interval 4 --save_interval 4 --num_samples 0 --max_steps 4"
     paths = ["--data_path", str(data_path), "--output_dir", str(output_dir)]
     return [*paths, *defaults.split(), *intervals.split(), *map(str, more)]
@@ -50,11 +51,11 @@ def train_in_ranks(world_size: int, flags: list[str], timeout: float = 120.0) ->
 def _train(dist, flags: list[str]) -> str:
     from ds_tokimg.model import config as shapes
     from ds_tokimg.settings import engine_json
-    from ds_tokimg.settings.config import TrainConfig
+    from ds_tokimg.settings.command_line import train_config
     from ds_tokimg.training.run import train
 
     shapes.SIZES["XS"] = (2, 32, 2)
-    config = TrainConfig.from_args(flags)
+    config = train_config(flags)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train(config, engine_json.read(config.deepspeed_config), dist)
     return printed.getvalue()

@@ -92,7 +92,6 @@ class ExactModel(nn.Module):
         slot_mask,
         condition=None,
         positions=None,
-        self_condition=None,
         context=None,
         memory=None,
         in_turn=None,

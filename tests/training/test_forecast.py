@@ -13,6 +13,7 @@ from ds_tokimg.__main__ import main
 from ds_tokimg.commands import plan
 from ds_tokimg.engine.ranks import OnlyRank
 from ds_tokimg.errors import UserError
+from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.engine_json import SHIPPED, Machine, read
 from ds_tokimg.training import forecast
@@ -36,7 +37,7 @@ def corpus(tmp_path_factory):
 
 
 def settings(corpus, *flags) -> TrainConfig:
-    return TrainConfig.from_args(small_flags(corpus, "unused", *flags))
+    return train_config(small_flags(corpus, "unused", *flags))
 
 
 def planned(corpus, *flags, machine: Machine = CPU, budget=None) -> dict:
@@ -67,7 +68,7 @@ def test_parameters_are_those_of_the_model(shipped_plan, corpus):
 
 def test_a_run_does_what_was_planned(corpus, tmp_path):
     flags = small_flags(corpus, tmp_path / "run", "--no_packing", "--gradient_accumulation_steps", 2)
-    expected = forecast.make_plan(TrainConfig.from_args(flags), read(SHIPPED), dataclasses.replace(CPU, world_size=2))
+    expected = forecast.make_plan(train_config(flags), read(SHIPPED), dataclasses.replace(CPU, world_size=2))
     train_in_ranks(2, flags)
     rows = metrics(tmp_path / "run")
     assert len(rows) == expected["schedule"]["steps"] == 4
@@ -138,7 +139,7 @@ def test_conditions_and_no_averages(tmp_path):
     path = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"word {i}", "answer": "meaning " * (1 + i % 5)} for i in range(60)]
     path.write_text("\n".join(map(json.dumps, pairs)))
-    report = planned(path, "--enable_condition", "--ema_decay", "--self_conditioning", 0.5)
+    report = planned(path, "--enable_condition", "--ema_decay", 0)
     assert report["data"]["images"] + report["data"]["eval_images"] == 60
     assert all(row["averages"] == 0 for row in report["memory"]["stages"])
 

@@ -141,11 +141,11 @@ def test_tokens_are_drawn_in_turn_where_they_share_a_patch_and_hear_each_other(o
 # ---- training ----
 
 
-def module_and_batch(in_turn=0.5, patch_noise=0.5, self_conditioning=0.0, **options):
-    model = tiny_model(CODEC, patch_size=2, in_turn=True, self_conditioning=self_conditioning > 0)
+def module_and_batch(in_turn=0.5, patch_noise=0.5, **options):
+    model = tiny_model(CODEC, patch_size=2, in_turn=True)
     block_size = options.get("block_size", 0)
     module = TrainingLoss(model, timesteps="noisy" if block_size == 1 else "band", block_size=block_size)
-    settings = {"in_turn": in_turn, "patch_noise": patch_noise, "self_conditioning": self_conditioning} | options
+    settings = {"in_turn": in_turn, "patch_noise": patch_noise} | options
     maker = BatchMaker(layout_of(model), module.timesteps, 0, **settings)
     return module, maker(random_texts(50, [64, 30, 5, 60, 61, 64]), np.arange(6), np.arange(6), epoch=0)
 
@@ -173,14 +173,6 @@ def test_progress_of_single_patches_is_that_of_drawing_their_tokens_at_full_nois
     nats = module(batch, per_patch=True)["nats"][noisiest]
     assert result["bound_tokens"] == batch["mask"][noisiest].sum() > 0
     assert float(result["bound_nats"]) == pytest.approx(float(nats.sum().detach()), rel=1e-5)
-
-
-def test_self_conditioning_does_not_tell_the_tokens_that_are_to_be_predicted():
-    module, batch = module_and_batch(in_turn=1.0, self_conditioning=1.0)
-    asked, original = [], module.model.predict
-    module.model.predict = lambda *a, **k: asked.append("in_turn" in k) or original(*a, **k)
-    module(batch)
-    assert asked == [False, True]
 
 
 # ---- drawing ----

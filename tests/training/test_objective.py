@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
+from ds_tokimg.choices import OBJECTIVES
 from ds_tokimg.data.batch import BatchMaker
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.diffusion.path import add_noise_to_timestep
 from ds_tokimg.tokens.codec import TokenCodec
-from ds_tokimg.training.objective import OBJECTIVES, TrainingLoss, masked_loss
+from ds_tokimg.training.objective import TrainingLoss, masked_loss
 from tests.support.tiny import layout_of, random_texts, tiny_model
 
 CODEC = TokenCodec(50)
@@ -26,11 +27,9 @@ KINDS = [
 LENGTHS = [256, 100, 33, 32, 7, 1]
 
 
-def module_and_batch(
-    objective="ce", timesteps="band", patch_noise=0.5, conditions=True, self_conditioning=0.5, block_size=0, **options
-):
+def module_and_batch(objective="ce", timesteps="band", patch_noise=0.5, conditions=True, block_size=0, **options):
     """A module of random weights, and a function from sample indices to their batch."""
-    model = tiny_model(CODEC, self_conditioning=self_conditioning > 0, **options)
+    model = tiny_model(CODEC, **options)
     module = TrainingLoss(model, objective, timesteps)
     texts = random_texts(50, LENGTHS, [3, 0, 20, 60, 1, 2])
     maker = BatchMaker(
@@ -39,7 +38,6 @@ def module_and_batch(
         seed=0,
         patch_noise=patch_noise,
         condition_drop=0.2 if conditions else None,
-        self_conditioning=self_conditioning,
         block_size=block_size,
     )
     return module, lambda indices: maker(texts, indices, indices, epoch=0)
@@ -66,9 +64,7 @@ def test_masked_loss_is_the_reference_formula_to_the_last_bit():
 @pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
 def test_mse_is_the_masked_loss_of_the_images(head, layout):
     """The trainer works on patches; on images, with the public functions, the same must come out."""
-    module, batch_of = module_and_batch(
-        "mse", layout=layout, conditions=False, patch_noise=0, self_conditioning=0, **head
-    )
+    module, batch_of = module_and_batch("mse", layout=layout, conditions=False, patch_noise=0, **head)
     batch = batch_of(range(len(LENGTHS)))
     texts = random_texts(50, LENGTHS).texts
     images, masks = zip(*(CODEC.encode(text, 16, layout) for text in texts), strict=True)
@@ -84,7 +80,7 @@ def test_mse_is_the_masked_loss_of_the_images(head, layout):
 
 @pytest.mark.parametrize("posterior", ["tokens", "digits"])
 def test_objectives_by_their_formulas(posterior):
-    module, batch_of = module_and_batch(conditions=False, self_conditioning=0, posterior=posterior)
+    module, batch_of = module_and_batch(conditions=False, posterior=posterior)
     batch = batch_of([0, 1, 2])
     model, mask, t = module.model, batch["mask"], batch["t"]
     clean = CODEC.codebook[batch["ids"]].flatten(2)
@@ -184,7 +180,7 @@ def test_padding_has_no_influence(objective, head):
     assert (gradients(module) - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("timesteps", ["band", "uniform", "logit_normal"])
+@pytest.mark.parametrize("timesteps", ["band", "uniform"])
 @pytest.mark.parametrize("patch_noise", [0.0, 0.5])
 @pytest.mark.parametrize(("objective", "head"), KINDS)
 def test_an_empty_micro_batch_contributes_exactly_nothing(objective, head, patch_noise, timesteps):
@@ -216,7 +212,7 @@ def test_sums_per_patch(objective, head):
 
 def test_reading_is_counted():
     """With hardly any noise all tokens are read; digits of no token are counted as invalid."""
-    module, batch_of = module_and_batch(conditions=False, self_conditioning=0, posterior="digits")
+    module, batch_of = module_and_batch(conditions=False, posterior="digits")
     with torch.no_grad():
         for parameter in module.model.head.parameters():
             parameter.zero_()
@@ -231,7 +227,7 @@ def test_reading_is_counted():
 
 
 def test_progress_measures_the_samples_with_one_level():
-    module, batch_of = module_and_batch("ce", conditions=False, self_conditioning=0)
+    module, batch_of = module_and_batch("ce", conditions=False)
     module.measure_bound = True
     batch = batch_of(range(6))
     result = module(batch)
@@ -247,7 +243,7 @@ def test_progress_measures_the_samples_with_one_level():
 
 def test_progress_from_left_to_right():
     """One level a block is the bound's path; patches with levels of their own within a block are not."""
-    module, batch_of = module_and_batch("ce", conditions=False, self_conditioning=0, patch_noise=0.5, block_size=2)
+    module, batch_of = module_and_batch("ce", conditions=False, patch_noise=0.5, block_size=2)
     module.measure_bound = True
     batch = batch_of(range(6))
     whole = [0, 2, 4, 5]  # every second sample, and one of a single patch
@@ -289,27 +285,6 @@ def test_sums_without_the_mean(posterior):
         torch.testing.assert_close(fewer[name], rows[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", [{"posterior": "tokens"}, {"posterior": "digits"}, {"head": "linear"}])
-def test_self_conditioning_shows_the_first_prediction(head):
-    """To the samples that are drawn, without a gradient through it; the others see nothing."""
-    module, batch_of = module_and_batch("mse", **head)
-    batch = batch_of(range(6))
-    batch["self_condition"] = torch.tensor([True, False] * 3)
-    model, shown = module.model, []
-    original = model.predict
-
-    def predict(*args, self_condition=None, **kwargs):
-        shown.append((self_condition, original(*args, self_condition=self_condition, **kwargs)))
-        return shown[-1][1]
-
-    model.predict = predict
-    module(batch)
-    (first_input, first), (second_input, _) = shown
-    assert first_input is None and not second_input.requires_grad
-    value = first.clean if first.logits is None else first.logits.softmax(-1)
-    assert torch.equal(second_input[::2], value[::2]) and not second_input[1::2].any()
-
-
 @pytest.mark.parametrize(("objective", "head"), KINDS)
 def test_autocast_is_close_and_quiet(objective, head):
     module, batch_of = module_and_batch(objective, **head)
@@ -325,7 +300,7 @@ def test_autocast_is_close_and_quiet(objective, head):
 @pytest.mark.parametrize(("objective", "head"), KINDS)
 def test_half_precision_weights_give_a_float32_loss(objective, head):
     """As in an engine with bf16: it casts parameters and floating-point buffers; colours and noise stay exact."""
-    module, batch_of = module_and_batch(objective, self_conditioning=0, **head)
+    module, batch_of = module_and_batch(objective, **head)
     batch = batch_of(range(6))
     plain = module(batch)["loss_sum"].item()
     half = module.bfloat16()

@@ -41,11 +41,7 @@ class DigitHead(nn.Module):
 
     def features_of(self, evidence: Tensor) -> Tensor:
         """The posterior without context, as input: [B, N, K, features / K]."""
-        return self.embed(evidence.softmax(-1))
-
-    def embed(self, probabilities: Tensor) -> Tensor:
-        """[B, N, K, D, radix] -> features [B, N, K, D * radix]."""
-        return probabilities.flatten(3)
+        return evidence.softmax(-1).flatten(3)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What the context adds to the log-likelihood: [B, N, C] -> [B, N, K, D, radix], float32."""

@@ -35,10 +35,6 @@ class TokenHead(CandidateTokens):
         """The posterior without context, as input: [B, N, K, token_width]."""
         return self.token_input(evidence, self.book())
 
-    def embed(self, probabilities: Tensor) -> Tensor:
-        """[B, N, K, V] -> features [B, N, K, token_width]."""
-        return self.token_input(probabilities)
-
     def embed_ids(self, ids: Tensor) -> Tensor:
         """Tokens that are certain [B, N, K] -> features [B, N, K, token_width]."""
         return self.token_input(ids)

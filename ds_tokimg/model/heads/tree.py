@@ -82,12 +82,6 @@ class TreeHead(CandidateTokens):
         ids, invalid = self.codec.nearest(levels[best])
         return self._features(digits.flatten(-2), ids, certain.prod(-1) * ~invalid)
 
-    def embed(self, probabilities: Tensor) -> Tensor:
-        """[B, N, K, V] -> features as those of `features_of`."""
-        digits = F.one_hot(self.digit_table.long(), self.radix).flatten(1).to(probabilities.dtype)
-        certain, ids = probabilities.max(-1)
-        return self._features(probabilities @ digits, ids, certain)
-
     def embed_ids(self, ids: Tensor) -> Tensor:
         """Tokens that are certain [B, N, K] -> features as those of `features_of`."""
         digits = F.one_hot(self.digit_table[ids].long(), self.radix).flatten(-2)

@@ -28,12 +28,10 @@ class TokenInput(nn.Linear):
     """Probabilities of the candidates -> features [..., width]; see `forward`."""
 
     def forward(self, x: Tensor, book: Tensor | None = None) -> Tensor:
-        """x: probabilities [..., V], or, with a `book` [V, E], evidence [..., E] of which they are the softmax, or ids
-        [...] int64 of tokens that are certain."""
-        if not x.is_floating_point():
-            return F.embedding(x, self.weight.T)
+        """x: evidence [..., E], and a `book` [V, E] with which it gives the probabilities (the softmax of their
+        product); or, without one, ids [...] int64 of tokens that are certain."""
         if book is None:
-            return super().forward(x.to(self.weight.dtype))
+            return F.embedding(x, self.weight.T)
         return _EmbedEvidence.apply(x.flatten(0, -2), self.weight, book).view(*x.shape[:-1], -1)
 
 

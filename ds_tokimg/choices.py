@@ -1,0 +1,11 @@
+"""The words that a setting can be one of, each list stated once: settings offer them, the code that knows them checks
+them. No import, so that the help lists them at once."""
+
+from __future__ import annotations
+
+LAYOUTS = ("patch", "raster")  # the order in which cells fill an image
+PALETTES = ("id", "semantic")  # which token gets which colour
+HEADS = ("posterior", "linear")  # what the network's output is
+POSTERIORS = ("auto", "tokens", "digits", "tree")  # what the posterior head is over
+OBJECTIVES = ("ce", "elbo", "mse")
+TIMESTEPS = ("band", "uniform", "entropic", "noisy")  # where noise levels are drawn in training

@@ -1,0 +1,214 @@
+"""The command line of `train` and `plan`: one flag a setting, over a recipe, or over the settings of a resumed run.
+
+No torch, no deepspeed: help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_tokimg import recipes
+from ds_tokimg.errors import UserError, nearest, raise_problems
+from ds_tokimg.settings.config import SECTIONS, TrainConfig
+from ds_tokimg.settings.setting import FIXED, LAUNCH, members, type_problem, value_problem
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+DEFAULTS = {name: field.default for name, field in FIELDS.items()}
+TITLES = {"image": "token images", "engine": 'values that the engine\'s JSON leaves "auto"'}
+GIVEN_JSON = "ds_config_given.json"  # of a run's folder: the engine's JSON as its user wrote it
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose mistakes are UserErrors, so that one rank prints them, like all others."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def path(text: str) -> str:
+    """The type of a flag that takes a path or a name: `~` is the home folder, and nothing is a mistake."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: give a path or a name, or leave the flag out")
+    return os.path.expanduser(text)
+
+
+def train_config(argv: list[str]) -> TrainConfig:
+    """Settings from the flags of `train`. Raises one UserError that lists every mistake, unknown flags included."""
+    return parse(build_parser("train", "Train a language model that writes in pixels.", argv), argv)[0]
+
+
+def build_parser(command: str, description: str, argv: Sequence[str] = ()) -> Parser:
+    """A parser of every setting, to which a command may add flags of its own. The help shows the values of the recipe
+    that `argv` names; flags that a recipe fixes are shown by --help-all alone."""
+    usage = f"ds_tokimg {command} --data_path PATH [flags]"
+    parser = Parser(usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--help-all", action="help", help="show all flags, those that a recipe fixes too")
+    shown = DEFAULTS | recipe_values(_recipe_in(argv)) | {"recipe": recipes.DEFAULT}
+    for section, settings in SECTIONS.items():
+        group = parser.add_argument_group(TITLES.get(section, section))
+        for field in dataclasses.fields(settings):
+            add_flag = _add_switch if bool in members(field.type) else _add_value
+            add_flag(group, field, shown[field.name], hidden=field.metadata["of_recipe"] and "--help-all" not in argv)
+    # The deepspeed launcher passes it; the rank itself comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
+    """Settings and the values of the flags that a command added. One UserError lists every mistake.
+
+    What the flags leave out is as in the recipe; with --resume, as in the run's config.json, and then what defines the
+    run may not differ from it.
+    """
+    arguments, unknown = parser.parse_known_args(argv)
+    given = {name: vars(arguments).pop(name) for name in FIELDS if name in arguments}
+    saved = saved_settings(given)
+    config = TrainConfig(**(DEFAULTS | (_kept(saved) or _of_recipe(given)) | given))
+    known = [option for action in parser._actions for option in action.option_strings]
+    flags = [word for word in unknown if word.startswith("-")] or unknown
+    problems = [f"unknown argument {flag!r}{nearest(flag.split('=')[0], known)}" for flag in flags]
+    raise_problems("the command line cannot be used:", problems + config.problems())
+    changed = [
+        f"--{name} is {value!r}, the run has {saved[name]!r}"
+        for name, value in given.items()
+        if FIELDS[name].metadata["resume"] == FIXED and saved and value != saved[name]
+    ]
+    raise_problems("a resumed run goes on as it began (start another with --init_from to change this):", changed)
+    return config, arguments
+
+
+def _recipe_in(argv: Sequence[str]) -> str:
+    """The recipe that a command line names; its other flags are not looked at."""
+    peek = Parser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--recipe", type=path, default=recipes.DEFAULT)
+    return peek.parse_known_args(argv)[0].recipe
+
+
+def _of_recipe(given: dict) -> dict:
+    """What a new run has where no flag says otherwise. Images may be too small for as many tokens as a recipe has."""
+    recipe = given.get("recipe", recipes.DEFAULT)
+    values = recipe_values(recipe) | {"recipe": recipe}
+    config = TrainConfig(**(DEFAULTS | values | given))
+    if config.max_tokens is not None and config.img_size > 0 and config.token_size > 0 and config.capacity:
+        values["max_tokens"] = min(config.max_tokens, config.capacity)
+    return values
+
+
+def recipe_values(recipe: str) -> dict:
+    """The settings that a recipe states. Raises one UserError that lists all that is wrong in the file."""
+    content = recipes.read(recipe)
+    problems, values = [], {}
+    for section, settings in content.items():
+        if section not in SECTIONS or not isinstance(settings, dict):
+            problems.append(f"unknown section [{section}]{nearest(section, SECTIONS)} (known: {', '.join(SECTIONS)})")
+            continue
+        for key, value in settings.items():
+            problem = _recipe_problem(section, key, value)
+            if problem is None:
+                values[key] = value
+            else:
+                problems.append(f"[{section}] {key} = {value!r}: {problem}")
+    raise_problems(f"--recipe {recipe} cannot be used:", problems)
+    return values
+
+
+def _recipe_problem(section: str, key: str, value) -> str | None:
+    keys = [field.name for field in dataclasses.fields(SECTIONS[section])]
+    if key not in FIELDS:
+        return f"unknown setting{nearest(key, FIELDS)}"
+    if key not in keys:
+        home = next(name for name, group in SECTIONS.items() if key in group.__dataclass_fields__)
+        return f"this setting belongs into the section [{home}]"
+    field = FIELDS[key]
+    if not field.metadata["in_recipe"]:
+        return "this is for the command line, not for a recipe"
+    return type_problem(field, value) or value_problem(field, value)
+
+
+# ---- a run that goes on ----
+
+
+def run_folder(resume: str, output_dir: str) -> Path | None:
+    """The folder of the run that --resume names; None where there is none (finding the checkpoint says so)."""
+    folder = Path(output_dir) if resume in ("latest", "best", "auto") else Path(resume)
+    found = (place for place in (folder, folder.parent.parent) if (place / "config.json").is_file())
+    return next(found, None)
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether --resume auto goes on with the run in this folder."""
+    return any(Path(folder).glob("checkpoints/step_*"))
+
+
+def saved_settings(given: dict) -> dict:
+    """The settings of the run that the flags resume; empty for a new run."""
+    resume, output_dir = given.get("resume"), given.get("output_dir", DEFAULTS["output_dir"])
+    if resume is None or (resume == "auto" and not has_checkpoint(output_dir)):
+        return {}
+    folder = run_folder(resume, output_dir)
+    if folder is None:
+        return {}
+    saved = dataclasses.asdict(TrainConfig.load(folder / "config.json"))
+    own_json = folder / GIVEN_JSON
+    return saved | {"folder": str(folder)} | ({"deepspeed_config": str(own_json)} if own_json.is_file() else {})
+
+
+def _kept(saved: dict) -> dict:
+    """Of a run's settings those that it goes on with: all but what belongs to a launch; it stays in its folder."""
+    if not saved:
+        return {}
+    kept = {name: saved[name] for name, field in FIELDS.items() if field.metadata["resume"] != LAUNCH}
+    return kept | {"output_dir": saved["folder"]}
+
+
+# ---- flags ----
+
+
+def flags_of(config: TrainConfig, *without: str) -> list[str]:
+    """The words of a command line that gives these settings; those `without` are left to the reader."""
+    named = config.recipe or recipes.DEFAULT
+    try:
+        base = _of_recipe({"recipe": named, "img_size": config.img_size, "token_size": config.token_size})
+    except UserError:  # a file that is gone since
+        named, base = recipes.DEFAULT, _of_recipe({})
+    base, words = DEFAULTS | base | {"recipe": recipes.DEFAULT}, []
+    values = dataclasses.asdict(config) | {"recipe": named}
+    for name, value in values.items():
+        if name in without or value is None or value == base[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def _add_switch(group, field: dataclasses.Field, shown: bool | None, hidden: bool) -> None:
+    """Add `--name` and `--no_name`; the help shows the one that changes the default."""
+    on, off, text = f"--{field.name}", f"--no_{field.name}", field.metadata["help"]
+    on_help, off_help = (argparse.SUPPRESS, f"do not {text}") if shown else (text, argparse.SUPPRESS)
+    if hidden:
+        on_help = off_help = argparse.SUPPRESS
+    options = {"dest": field.name, "default": argparse.SUPPRESS}
+    group.add_argument(on, action="store_true", help=on_help, **options)
+    group.add_argument(off, action="store_false", help=off_help, **options)
+
+
+def _add_value(group, field: dataclasses.Field, shown, hidden: bool) -> None:
+    """Add `--name VALUE`."""
+    kind, data = members(field.type)[0], field.metadata
+    options = {} if data["const"] is None else {"nargs": "?", "const": data["const"]}
+    text = data["help"] if shown in (None, "") else f"{data['help']} (default: {shown})"
+    metavar = "{" + ",".join(data["choices"]) + "}" if data["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
+    group.add_argument(
+        f"--{field.name}",
+        type=path if data["is_path"] else kind,
+        default=argparse.SUPPRESS,
+        metavar="PATH" if data["is_path"] else metavar,
+        help=argparse.SUPPRESS if hidden else text.replace("%", "%%"),
+        **options,
+    )

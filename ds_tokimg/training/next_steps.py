@@ -1,0 +1,56 @@
+"""The commands to go on with after a run: each can be copied as it stands, and keeps the run's method."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+
+from ds_tokimg.settings.command_line import flags_of
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.training.automatic import left_open
+
+# A size that is worth a larger machine, for each.
+LARGER = {"XS": "B", "S": "B", "B": "L", "L": "H", "H": "H"}
+# What a larger run decides for itself, or what belongs to this launch.
+OF_THIS_RUN = ("model", "output_dir", "resume", "init_from", "max_steps", "profile")
+
+
+def next_steps(config: TrainConfig, images: int, prompt: str | None) -> dict[str, str]:
+    """{what for: command line}.
+
+    Args:
+        images: that the run is trained on.
+        prompt: one to answer, of a run whose prompts are conditions.
+    """
+    folder, program = config.output_dir, program_name()
+    data = config.eval_data_path or config.data_path
+    cache = [] if config.cache_dir is None else ["--cache_dir", config.cache_dir]
+    written = ["--num_samples", "4"] if prompt is None else ["--prompt", prompt]
+    return {
+        "TensorBoard": shlex.join(["tensorboard", "--logdir", f"{folder}/tensorboard"]),
+        "resume": shlex.join([*program, "train", "--resume", "latest", "--output_dir", folder, *_cut(config)]),
+        "generate": shlex.join([*program, "generate", "--checkpoint", folder, *written]),
+        "evaluate": shlex.join([*program, "evaluate", "--checkpoint", folder, "--data_path", data, *cache]),
+        "scale up": shlex.join(["deepspeed", "--module", "ds_tokimg", "train", *larger_run(config, images)]),
+    }
+
+
+def program_name() -> list[str]:
+    """As this program was started."""
+    return ["ds-tokimg"] if Path(sys.argv[0]).stem == "ds-tokimg" else ["python", "-m", "ds_tokimg"]
+
+
+def larger_run(config: TrainConfig, images: int) -> list[str]:
+    """Flags that train a larger model as this one was: the same recipe, texts and method."""
+    size, patch = config.model.removeprefix("JiT-").split("/")
+    name = f"JiT-{LARGER.get(size, size)}/{patch}"
+    flags = flags_of(dataclasses.replace(left_open(config, images), batch_size=None), *OF_THIS_RUN)
+    return [*flags, "--model", name, "--output_dir", f"{config.output_dir}-{name.replace('/', '-')}"]
+
+
+def _cut(config: TrainConfig) -> list[str]:
+    """How this launch cut its train batches, which a resumed run does not take over."""
+    cut = {"--batch_size": config.batch_size, "--gradient_accumulation_steps": config.gradient_accumulation_steps}
+    return [word for flag, value in cut.items() if value is not None for word in (flag, str(value))]
