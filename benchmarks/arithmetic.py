@@ -1,6 +1,6 @@
 """Prompt -> answer that can be checked: sums of numbers below 100, a fifth of all pairs held out.
 
-    python benchmarks/arithmetic.py [--steps 1 8] [--guidance 0 1 2] [train flag ...]
+    python -m benchmarks.arithmetic [--steps 1 8] [--guidance 0 1 2] [train flag ...]
 
 Trains with the trainer as a user would, writes the answers of all held-out problems, and prints a row of
 arithmetic.md for each way of sampling: the share of answers that are right to the last character.
@@ -16,10 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ds_tokimg.inference.sampler import SamplingOptions  # noqa: E402
+from benchmarks import ROOT
+from ds_tokimg.inference.sampler import SamplingOptions
 
 # Bytes are the tokens, one a patch; an answer is up to three digits and the end of the text.
 RECIPE = ["--model", "JiT-XS/2", "--token_size", "2", "--vocab_size", "257", "--max_tokens", "16"]

@@ -1,6 +1,6 @@
 """How fast data is: tokenising against the bare Rust tokenizer, images from the cache, opening a cached corpus.
 
-    python benchmarks/data.py [--megabytes 100] [--tokenizer FOLDER] [--repetitions 3] > benchmarks/data.md
+    python -m benchmarks.data [--megabytes 100] [--tokenizer FOLDER] [--repetitions 3] > benchmarks/results/data.md
 
 The corpus is the bundled one, its lines shuffled and repeated to the size asked for. Measurements that are compared
 take turns in one run; the table gives their median and spread. 100 MB take about four minutes on two cores.
@@ -15,16 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ds_tokimg.data.corpus import load_corpus, read_texts  # noqa: E402
-from ds_tokimg.data.dataset import TokenImageDataset  # noqa: E402
-from ds_tokimg.tokens.tokenizer import load_tokenizer, train_tokenizer, vocab_size  # noqa: E402
+from benchmarks import ROOT
+from ds_tokimg.data.corpus import load_corpus, read_texts
+from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.tokens.tokenizer import load_tokenizer, train_tokenizer, vocab_size
 
 BUNDLED = ROOT / "data" / "web_narrative.txt"
 
@@ -58,7 +58,7 @@ def write_corpus(path: Path, megabytes: float) -> Path:
 def print_head(tokenizer, args) -> None:
     cores = len(os.sched_getaffinity(0))
     print("# Data\n")
-    print(f"`python benchmarks/data.py`, {date.today()}, {cores} cores ({platform.machine()}), ", end="")
+    print(f"`python -m benchmarks.data`, {date.today()}, {cores} cores ({platform.machine()}), ", end="")
     print(f"Python {platform.python_version()}, {args.megabytes:g} MB of text, {vocab_size(tokenizer):,} ids.\n")
 
 
@@ -83,7 +83,7 @@ def print_tokenising(text: Path, tokenizer, folder: Path, repetitions: int) -> N
     print("\nOn a busy machine the second column is the one to trust.\n")
 
 
-def print_row(name: str, rows: list[list[float]]) -> None:
+def print_row(name: str, rows: Sequence[Sequence[float]]) -> None:
     cells = [f"{median(column):.2f} ({spread(column)})" for column in zip(*rows, strict=True)]
     print(f"| {name} | {' | '.join(cells)} |")
 
@@ -105,7 +105,7 @@ def bare_seconds(text: Path, tokenizer) -> tuple[float, float]:
     return seconds, cpu
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
@@ -119,12 +119,13 @@ def print_images(text: Path, tokenizer, cache: Path) -> None:
     torch.set_num_threads(1)
     print("## From the cache, one core, random order\n")
     print("| | million tokens per CPU second, median | spread |\n|---|---|---|")
-    for name, options in {
+    rows: dict[str, dict[str, Any]] = {
         "ids, full images": {},
         "images, 4,096 tokens each": {},
         "images, validation split left out": {"split": "train"},
         "images, token_size 2, 1,024 tokens each": {"token_size": 2},
-    }.items():
+    }
+    for name, options in rows.items():
         dataset = TokenImageDataset(text, tokenizer, cache_dir=cache, **options)
         get = dataset.ids if name.startswith("ids") else dataset.__getitem__
         rates = [tokens_per_second(dataset, get) / 1e6 for _ in range(9)]
@@ -144,7 +145,6 @@ def tokens_per_second(dataset, get, samples: int = 400) -> float:
 
 OPEN = """
 import ctypes, json, sys, time
-sys.path.insert(0, sys.argv[1])
 from ds_tokimg.tokens.tokenizer import load_tokenizer
 from ds_tokimg.data.dataset import TokenImageDataset
 
@@ -153,10 +153,10 @@ def resident():
     fields = dict(line.split(":") for line in open("/proc/self/status"))
     return int(fields["RssAnon"].split()[0]) / 1e3, int(fields["RssFile"].split()[0]) / 1e3
 
-tokenizer = load_tokenizer(sys.argv[3])
-TokenImageDataset(sys.argv[5], tokenizer, cache_dir=sys.argv[4])  # a small one: what libraries take is taken now
+tokenizer = load_tokenizer(sys.argv[2])
+TokenImageDataset(sys.argv[4], tokenizer, cache_dir=sys.argv[3])  # a small one: what libraries take is taken now
 before, begun = resident(), time.perf_counter()
-dataset = TokenImageDataset(sys.argv[2], tokenizer, cache_dir=sys.argv[4], split="train")
+dataset = TokenImageDataset(sys.argv[1], tokenizer, cache_dir=sys.argv[3], split="train")
 seconds = time.perf_counter() - begun
 after = resident()
 corpus = dataset.corpus
@@ -176,10 +176,10 @@ def print_opening(text: Path, folder: Path) -> None:
     small.write_text("a line\n")
     for path in (text, small):
         load_corpus(path, load_tokenizer(folder / "tokenizer"), cache_dir=cache)
-    command = [sys.executable, "-c", OPEN, *map(str, (ROOT, text, folder / "tokenizer", cache, small))]
+    command = [sys.executable, "-c", OPEN, *map(str, (text, folder / "tokenizer", cache, small))]
     runs = []
     for _ in range(5):
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
         runs.append(json.loads(output.splitlines()[-1]))
     seconds = [run["seconds"] for run in runs]
     middle = runs[0]

@@ -1,6 +1,6 @@
 """How speed changes with batch, width, depth and corpus: what a bigger run costs, and that nothing outgrows its work.
 
-    python benchmarks/growth.py [--parts model corpus] [--megabytes 1 10 100 1000] > benchmarks/growth.md
+    python -m benchmarks.growth [--parts model corpus] [--megabytes 1 10 100 1000] > benchmarks/results/growth.md
 
 Models: batches of full 64 × 64 images; operations as in `ds_tokimg.model.flops`. Corpora: the bundled text, its lines
 shuffled and repeated; 1 GB takes about five minutes on two cores and 3 GB of the disk for the time being.
@@ -11,13 +11,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks import ROOT
 from benchmarks.data import BUNDLED, write_corpus
-from benchmarks.timing import ROOT, print_row, print_table, print_title, spread, take_turns
+from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
 
 TOKENS = 4096
 
@@ -62,7 +62,7 @@ def print_growth(title: str, unit: str, models: dict[int, tuple[str, int]], repe
         engine = engine_of(config)
         batch = batch_of(engine.module, config, [TOKENS] * images)
         flops[grown] = train_flops(engine.module.model, batch)
-        rivals[grown] = lambda engine=engine, batch=batch: engine.train_batch([batch])
+        rivals[grown] = partial(engine.train_batch, [batch])
     seconds = take_turns(rivals, repetitions, warm_up=2)
     print(f"## {title}\n")
     print_table(unit, "ms a step", "tokens/s", "GFLOP a step", "GFLOP/s", "time a FLOP, against the first row")

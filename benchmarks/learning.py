@@ -1,15 +1,16 @@
-"""Bits per byte of held-out text for the compute spent: the trainer's recipe, its ablations, and honest references.
+"""Bits per byte of held-out text for the compute spent: recipes, their ablations, and honest references.
 
-    python benchmarks/learning.py --system ours --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
-    python benchmarks/learning.py --table
+    python -m benchmarks.learning --system at-once --corpus web_narrative --positions 1e6 [--set NAME=VALUE ...]
 
-Corpora: the bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text. Another
-tokenizer makes another corpus of it (bits per byte compare, bits per token do not).
+Systems: the recipes of ds_tokimg/recipes by their names, and references on the same texts. (Rows called `ours` and
+`plain` are of the recipes `left-to-right` and, but for some settings, `at-once`, before they were files.) Corpora: the
+bundled one, and `python`, the source of the interpreter's standard library (11 MB), a file a text. Another tokenizer
+makes another corpus of it (bits per byte compare, bits per token do not).
 
-Every run adds a line to benchmarks/learning.jsonl; `--table` prints all lines as the table of learning.md. All systems
-share blocks, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward and
-backward) times parameters of the blocks; the way between neighbouring tokens of patches that hold several counts as
-the share of the blocks that it costs.
+Every run adds a line to benchmarks/learning.jsonl, from which `python -m benchmarks.tables` makes the pages. All
+systems share layers, width, depth, optimiser, schedule, tokenizer and texts. Compute is transformer positions (forward
+and backward) times parameters of the layers; the way between neighbouring tokens of patches that hold several counts as
+the share of the layers that it costs.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 import sysconfig
 import tempfile
 import time
@@ -27,48 +27,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import ROOT
+from benchmarks.references import Autoregressive, MaskedDiffusion, bits
+from ds_tokimg import recipes
+from ds_tokimg.data.order import TrainBatchSampler
+from ds_tokimg.engine.allocator import keep_freed_memory
+from ds_tokimg.engine.optimizer import average_key, build_optimizer
+from ds_tokimg.engine.ranks import OnlyRank
+from ds_tokimg.inference.sampler import SamplingOptions, sample
+from ds_tokimg.model.config import SIZES
+from ds_tokimg.model.heads.base import draws_in_one_step
+from ds_tokimg.model.heads.tree import TreeHead
+from ds_tokimg.settings.command_line import recipe_values
+from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.training.assemble import assemble
+from ds_tokimg.training.automatic import peak_learning_rate
+from ds_tokimg.training.bound import bound_of
 
-from benchmarks.references import Autoregressive, MaskedDiffusion, bits  # noqa: E402
-from ds_tokimg.data.order import TrainBatchSampler  # noqa: E402
-from ds_tokimg.engine.allocator import keep_freed_memory  # noqa: E402
-from ds_tokimg.engine.optimizer import average_key, build_optimizer  # noqa: E402
-from ds_tokimg.engine.ranks import OnlyRank  # noqa: E402
-from ds_tokimg.inference.sampler import SamplingOptions, sample  # noqa: E402
-from ds_tokimg.model.config import SIZES  # noqa: E402
-from ds_tokimg.model.heads.base import draws_in_one_step  # noqa: E402
-from ds_tokimg.model.heads.tree import TreeHead  # noqa: E402
-from ds_tokimg.settings.config import TrainConfig  # noqa: E402
-from ds_tokimg.training.assemble import assemble  # noqa: E402
-from ds_tokimg.training.bound import bound_of  # noqa: E402
-
-# The recipe of launch/train.sh; settings that are not named are the trainer's defaults.
-RECIPE = {"model": "JiT-XS/2", "max_tokens": 256, "vocab_size": 1024}
-RECIPE |= {"token_size": 2, "block_size": 1, "timesteps": "noisy", "noisy_depth": 1}
-# All patches at once, four tokens each.
-PLAIN = {"token_size": 1, "block_size": 0, "noisy_depth": 0, "timesteps": "band"}
-REFERENCE = PLAIN | {
-    "head": "linear",
-    "objective": "mse",
-    "timesteps": "uniform",
-    "radix": 256,
-    "layout": "raster",
-    "patch_noise": 0.0,
-    "palette": "id",
-}
-SYSTEMS = {
-    "ours": {},
-    "plain": PLAIN,
-    "reference": REFERENCE,
-    "repaired": REFERENCE | {"radix": None, "timesteps": "band", "layout": "patch"},
-    "autoregressive": {},
-    "autoregressive, shift": {},
-    "masked": {},
-    "masked, shift": {},
-}
+# The reference system with its first three mistakes put right.
+REPAIRED = {"radix": None, "timesteps": "band", "layout": "patch"}
+REFERENCES = ("autoregressive", "autoregressive, shift", "masked", "masked, shift")
+SYSTEMS = (*recipes.names(), "repaired", *REFERENCES)
 EMA_DECAY = 0.9999
-LEARNING_RATE = 3e-3
 RESULTS = ROOT / "benchmarks" / "learning.jsonl"
 
 
@@ -84,6 +64,13 @@ def corpus_settings(name: str, folder: str) -> dict:
         corpus.writelines(json.dumps({"text": file.read_text(errors="replace")}) + "\n" for file in files)
     # As many held-out tokens as in the other corpus, for the same time and error.
     return {"data_path": str(path), "eval_fraction": 0.02}
+
+
+def settings_of(system: str) -> dict:
+    """The settings of a recipe. References take texts and sizes from the recipe that is nearest to them."""
+    if system in recipes.names():
+        return recipe_values(system)
+    return recipe_values("reference") | REPAIRED if system == "repaired" else recipe_values("left-to-right")
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -142,7 +129,7 @@ class Reference:
     """An autoregressive or masked model on the same texts."""
 
     def __init__(self, parts, config: TrainConfig, kind: Callable):
-        self.parts, self.maker = parts, parts.batch_maker
+        self.parts, self.config, self.maker = parts, config, parts.batch_maker
         depth, width, heads = SIZES[config.model.removeprefix("JiT-").split("/")[0]]
         vocab_size, eos = parts.layout.codec.vocab_size, parts.tokenizer.eos_token_id
         self.module = kind(vocab_size, eos, (depth, width, heads))
@@ -169,74 +156,19 @@ class Reference:
         return {"bits_per_token": bits(nats) / tokens, "bits_per_byte": bits(nats) / held_out.num_bytes}
 
 
-def print_table() -> None:
-    """The results so far: least compute first, then least bits."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    names = "corpus system settings seed batch positions tokens seconds path bits/token bits/byte".split()
-    references = ("autoregressive", "autoregressive, shift")
-    names += ["gap", "gap, shift"]
-    print("| " + " | ".join(names) + " |")
-    print("|---" * len(names) + "|")
-    for row in sorted(rows, key=lambda row: (row["corpus"], row["positions"], min(_bits_per_byte(row)))):
-        curves = [autoregressive_curve(rows, row["corpus"], system) for system in references]
-        for path, figures in row["bits"].items():
-            settings = _settings(row) + (f" ({row['note']})" if row.get("note") else "")
-            cells = [row["corpus"], row["system"], settings.strip(), row["seed"], row["batch"]]
-            cells += [f"{row['positions'] / 1e6:.2f} M", f"{row['tokens'] / 1e6:.2f} M", f"{row['seconds']:.0f}"]
-            cells += ["plain" + path[1:] if path[0] == "0" else f"blocks of {path}"]
-            cells += [f"{figures['bits_per_token']:.3f}", f"{figures['bits_per_byte']:.3f}"]
-            cells += [compute_gap(row["positions"], figures["bits_per_byte"], curve) for curve in curves]
-            print("| " + " | ".join(map(str, cells)) + " |")
-
-
-def _settings(row: dict) -> str:
-    """What differs from the recipe."""
-    settings = list(row.get("set", []))
-    for name, usual in (("lr", LEARNING_RATE), ("optimizer", "AdamW"), ("weights", "ema")):
-        settings += [f"{name}={row[name]}"] if row.get(name, usual) != usual else []
-    return " ".join(settings)
-
-
-def autoregressive_curve(rows: list[dict], corpus: str, system: str = "autoregressive") -> list[tuple[float, float]]:
-    """(positions, bits per byte) of an autoregressive reference: its best at each budget, while more compute helps."""
-    curve: list[tuple[float, float]] = []
-    same = [row for row in rows if row["system"] == system and row["corpus"] == corpus and not _settings(row)]
-    for row in sorted(same, key=lambda row: (row["positions"], min(_bits_per_byte(row)))):
-        if not curve or min(_bits_per_byte(row)) < curve[-1][1]:
-            curve.append((row["positions"], min(_bits_per_byte(row))))
-    return curve
-
-
-def compute_gap(positions: float, bits_per_byte: float, curve: list[tuple[float, float]]) -> str:
-    """How many times the compute of an autoregressive reference at the same bits per byte: linear between its
-    measurements, in the logarithm of the compute; a bound where it was not measured that far."""
-    if not curve:
-        return ""
-    if bits_per_byte > curve[0][1]:
-        return f"> {positions / curve[0][0]:.1f}"
-    if bits_per_byte < curve[-1][1]:
-        return f"< {positions / curve[-1][0]:.1f}"
-    spent, bits_then = zip(*reversed(curve), strict=True)
-    return f"{positions / math.exp(np.interp(bits_per_byte, bits_then, np.log(spent))):.1f}"
-
-
-def _bits_per_byte(row: dict) -> list[float]:
-    return [figures["bits_per_byte"] for figures in row["bits"].values()]
-
-
 def prepare(arguments):
     """The system on its data."""
     extra = dict(item.split("=", 1) for item in arguments.set)
     extra = {name: _value(value) for name, value in extra.items()}
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    settings = RECIPE | SYSTEMS[arguments.system] | {k: v for k, v in extra.items() if k in fields}
+    settings = settings_of(arguments.system) | {k: v for k, v in extra.items() if k in fields}
     settings["tokenizer_path"] = arguments.tokenizer
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(seed=arguments.seed, **settings | corpus_settings(arguments.corpus, folder))
         config.validate()
         parts = assemble(config, OnlyRank(), None)
     torch.manual_seed(arguments.seed)
-    kinds = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
+    kinds: dict[str, Callable] = {"autoregressive": Autoregressive, "masked": MaskedDiffusion}
     kinds |= {f"{name}, shift": functools.partial(kind, shift=True) for name, kind in kinds.items()}
     if arguments.system in kinds:
         return Reference(parts, config, kinds[arguments.system])
@@ -296,7 +228,7 @@ def use_averages(optimizer) -> None:
 
 
 def write_texts(system, arguments) -> None:
-    """Texts of the system, of the training set and real ones that were held out, as `benchmarks/text.py` reads them:
+    """Texts of the system, of the training set and real ones that were held out, as `benchmarks.text` reads them:
     a JSON list of strings each, all of as many tokens."""
     folder, parts = Path(arguments.write), system.parts
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,19 +242,19 @@ def write_texts(system, arguments) -> None:
     for steps in arguments.steps or [None]:
         begun = time.perf_counter()
         name = arguments.system if steps is None else f"{arguments.system}, {steps} steps"
-        save(name, system.write(arguments.texts, RECIPE["max_tokens"], steps, arguments.eta))
+        save(name, system.write(arguments.texts, system.config.max_tokens, steps, arguments.eta))
         print(f"{name}: {arguments.texts} texts in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--system", choices=SYSTEMS, default="ours")
+    add("--system", choices=SYSTEMS, default=recipes.DEFAULT)
     add("--corpus", choices=["web_narrative", "python"], default="web_narrative")
     add("--tokenizer", metavar="DIR", help="a tokenizer to load (default: one of 1,024 ids, trained on the corpus)")
     add("--positions", type=float, default=1e6)
     add("--batch", type=int, default=16)
-    add("--lr", type=float, default=LEARNING_RATE)
+    add("--lr", type=float, help="the peak (default: that of the recipe for the model's width)")
     add("--optimizer", choices=["AdamW", "Muon"], default="AdamW", help="of the trainer")
     add("--weights", choices=["ema", "trained"], default="ema", help="which ones are measured")
     add("--seed", type=int, default=0)
@@ -334,12 +266,10 @@ def main() -> None:
     add("--texts", type=int, default=200, help="how many")
     add("--steps", type=int, nargs="*", help="sampling steps, one file each (default: as many as `generate` takes)")
     add("--eta", type=float, default=SamplingOptions.eta, help="noise that the sampler replaces (default: %(default)s)")
-    add("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
-    if arguments.table:
-        return print_table()
     keep_freed_memory()
     system = prepare(arguments)
+    arguments.lr = arguments.lr or peak_learning_rate(system.config)
     corpus = arguments.corpus + (f", {Path(arguments.tokenizer).name}" if arguments.tokenizer else "")
     row = {"system": arguments.system, "corpus": corpus, "set": arguments.set}
     row |= {"seed": arguments.seed, "batch": arguments.batch, "lr": arguments.lr, "note": arguments.note}
@@ -358,14 +288,13 @@ def main() -> None:
         elif in_turn:
             row["bits"][f"{path}, in turn"] = system.bits(path, arguments.levels, in_turn=True)
         # Of a tree many small steps would cost a softmax at each of them.
-        if not (one_step and isinstance(model.head, TreeHead)):
+        if not (one_step and model is not None and isinstance(model.head, TreeHead)):
             row["bits"][path] = system.bits(path, arguments.levels)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))
     if arguments.write:
         write_texts(system, arguments)
-    return None
 
 
 if __name__ == "__main__":

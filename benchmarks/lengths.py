@@ -1,6 +1,6 @@
 """What a text costs: step time against its length, and the share of positions that are computed in vain.
 
-    python benchmarks/lengths.py [--data_path FILE ...] > benchmarks/lengths.md
+    python -m benchmarks.lengths [--data_path FILE ...] > benchmarks/results/lengths.md
 
 1. The trainer's default model on batches of 32 texts of one length, one an image, the lengths taking turns, and the
    straight line through the times over the patches that hold tokens.
@@ -10,17 +10,17 @@
 """
 
 import argparse
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.timing import ROOT, print_row, print_table, print_title, spread, take_turns
+from benchmarks import ROOT
+from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
 from benchmarks.trainer import Texts, batch_of, engine_of, maker_of, module_of
 from ds_tokimg.data.corpus import read_texts
 from ds_tokimg.data.dataset import TokenImageDataset
@@ -50,7 +50,7 @@ def print_times(repetitions: int) -> None:
     config = TrainConfig(data_path="-", train_batch_size=BATCH)
     engine = engine_of(config)
     batches = {n: batch_of(engine.module, config, [n] * BATCH) for n in LENGTHS}
-    rivals = {n: lambda batch=batch: engine.train_batch([batch]) for n, batch in batches.items()}
+    rivals = {n: partial(engine.train_batch, [batch]) for n, batch in batches.items()}
     seconds = take_turns(rivals, repetitions, warm_up=2)
     patches = {n: batch["mask"].any(-1).sum().item() // BATCH for n, batch in batches.items()}
     slope, constant = np.polyfit([patches[n] for n in LENGTHS], [median(seconds[n]) for n in LENGTHS], 1)
@@ -95,8 +95,9 @@ def valid_shares(lengths: np.ndarray, bucket: bool) -> tuple[float, float]:
 def print_equality() -> None:
     config = TrainConfig(data_path="-", batch_size=BATCH)
     module = module_of(config)
-    torch.nn.init.normal_(module.model.head.to_tokens.weight, std=0.1)  # a fresh model does not look at its context
-    for block in module.model.blocks:
+    model: Any = module.model
+    torch.nn.init.normal_(model.head.to_tokens.weight, std=0.1)  # a fresh model does not look at its context
+    for block in model.blocks:
         torch.nn.init.normal_(block.offset, std=0.3)
     lengths = np.random.default_rng(0).integers(1, 1000, BATCH)
     texts, maker, order = Texts(config.vocab_size, lengths), maker_of(module, config), np.argsort(lengths)

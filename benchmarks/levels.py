@@ -1,6 +1,6 @@
 """Which noise levels a model pays for: the integrand of the bound of many small steps, level by level.
 
-    python benchmarks/levels.py --checkpoint runs/first --data_path data/web_narrative.txt
+    python -m benchmarks.levels --checkpoint runs/first --data_path data/web_narrative.txt
 
 Where tokens are drawn one by one, a model says at pure noise what the context tells it, and by Bayes' rule that fixes
 what it should say at every other level. What it would pay if it did is printed beside what it pays: the difference is
@@ -10,23 +10,19 @@ what many small steps lose.
 import argparse
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ds_tokimg.commands.evaluate import open_texts  # noqa: E402
-from ds_tokimg.data.batch import blocks_of  # noqa: E402
-from ds_tokimg.diffusion.band import bound_range  # noqa: E402
-from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, timestep_of_log_snr  # noqa: E402
-from ds_tokimg.inference.loading import load_trained  # noqa: E402
-from ds_tokimg.model.heads.base import draws_in_one_step  # noqa: E402
-from ds_tokimg.model.prediction import Prediction  # noqa: E402
-from ds_tokimg.training.objective import TrainingLoss  # noqa: E402
+from benchmarks import ROOT
+from ds_tokimg.commands.evaluate import open_texts
+from ds_tokimg.data.batch import blocks_of
+from ds_tokimg.diffusion.band import bound_range
+from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, timestep_of_log_snr
+from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.model.heads.base import draws_in_one_step
+from ds_tokimg.model.prediction import Prediction
+from ds_tokimg.training.objective import TrainingLoss
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Resident memory of real training steps beside what `plan` foretells, per rank.
 
-    python benchmarks/memory.py > benchmarks/memory.md
+    python -m benchmarks.memory > benchmarks/results/memory.md
 
 Every case is a fresh set of ranks (gloo) that take two steps on the micro-batch of the longest texts, with which the
 plan counts. Measured is the peak of a rank's resident memory minus what it held before the engine was made, plus the
@@ -15,19 +15,14 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from ds_tokimg.settings import engine_json  # noqa: E402
-from ds_tokimg.settings.command_line import train_config  # noqa: E402
-from tests.support.distributed import run_ranks  # noqa: E402
+from benchmarks import ROOT
+from ds_tokimg.settings import engine_json
+from ds_tokimg.settings.command_line import train_config
+from tests.support.distributed import run_ranks
 
 STEPS = 2
 STAGES = (0, 1, 2, 3)
@@ -39,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", choices=("small", "large", "all"), default="all")
     part = parser.parse_args().part
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the ranks
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = folder
         if part != "large":
@@ -72,7 +68,7 @@ def print_head() -> None:
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     print("# Memory\n")
-    print(f"`python benchmarks/memory.py`, {date.today()}, commit {commit.strip()}, {model}, {cores} core(s), ", end="")
+    print(f"`python -m benchmarks.memory`, {date.today()}, commit {commit.strip()}, {model}, {cores} core(s), ", end="")
     print(f"Python {platform.python_version()}, fp32 on gloo, micro-batch 2, one averaged copy of the weights.\n")
     print(HEAD)
 

@@ -1,6 +1,6 @@
 """How much slower the DeepSpeed step is than a plain PyTorch loop of the same model, data and optimiser.
 
-    python benchmarks/overhead.py [--model JiT-XS/2 --batch 16 --tokens 256] > benchmarks/overhead.md
+    python -m benchmarks.overhead [--model JiT-XS/2 --batch 16 --tokens 256] > benchmarks/results/overhead.md
 
 The plain loop does what training needs and nothing else: forward, backward, clipping, the learning rate of the
 schedule, the fused AdamW with its moving average, and reading the loss. All rivals take turns in one process, on
@@ -8,15 +8,14 @@ batches of their own model.
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from benchmarks.timing import print_row, print_table, print_title, ratios, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of, join, module_of, settings_of
+from ds_tokimg.engine.engine import TrainEngine
 from ds_tokimg.engine.optimizer import build_optimizer
 from ds_tokimg.settings.config import TrainConfig
 
@@ -54,8 +53,12 @@ def main() -> None:
     join()
     print_title("The DeepSpeed step against a plain PyTorch loop, one rank, fp32")
     print_table("model", "images × tokens", "loop", "ms a step", "against the plain loop", "target")
-    for model in [(args.model, args.batch, args.tokens)] if args.model else MODELS:
-        print_overhead(*model, args.repetitions)
+    for name, batch, tokens in [(args.model, args.batch, args.tokens)] if args.model else MODELS:
+        print_overhead(name, batch, tokens, args.repetitions)
+
+
+def loss_of_step(engine: TrainEngine, micro_batch: dict[str, torch.Tensor]) -> float:
+    return engine.train_batch([micro_batch]).loss
 
 
 def print_overhead(name: str, batch: int, tokens: int, repetitions: int) -> None:
@@ -63,9 +66,8 @@ def print_overhead(name: str, batch: int, tokens: int, repetitions: int) -> None
     plain = PlainLoop(config)
     engines = {f"stage {stage}": engine_of(config, zero_optimization={"stage": stage}) for stage in (0, 1)}
     micro_batch = batch_of(plain.module, config, [tokens] * batch)
-    rivals = {"plain": lambda: plain.step(micro_batch)}
-    for loop, engine in engines.items():
-        rivals[loop] = lambda engine=engine: engine.train_batch([micro_batch]).loss
+    rivals: dict[str, Callable[[], float]] = {"plain": partial(plain.step, micro_batch)}
+    rivals |= {loop: partial(loss_of_step, engine, micro_batch) for loop, engine in engines.items()}
     seconds = take_turns(rivals, repetitions, warm_up=4)
     for loop, times in seconds.items():
         quotients = spread(ratios(times, seconds["plain"]), 3)

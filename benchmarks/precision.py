@@ -1,6 +1,6 @@
 """What smaller images and half precision save: time and peak memory of the training step, per image and per token.
 
-    python benchmarks/precision.py [--model JiT-S/4] [--images 16] > benchmarks/precision.md
+    python -m benchmarks.precision [--model JiT-S/4] [--images 16] > benchmarks/results/precision.md
 
 The same script serves on a GPU; the page ends with the line to run there.
 
@@ -15,12 +15,10 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.timing import ROOT, print_row, print_table, print_title, ratios, spread, take_turns
+from benchmarks import ROOT
+from benchmarks.timing import print_row, print_table, print_title, ratios, spread, take_turns
 
 SMALL, LARGE = 64, 256
 PRECISIONS = {
@@ -47,7 +45,7 @@ def main() -> None:
     compare_precisions(
         {"fp32": base} | {name: base | {"blocks": b} for name, b in PRECISIONS.items()}, args.repetitions
     )
-    print("\nOn a GPU: `CUDA_VISIBLE_DEVICES=0 python benchmarks/precision.py --model JiT-B/4 --images 64`")
+    print("\nOn a GPU: `CUDA_VISIBLE_DEVICES=0 python -m benchmarks.precision --model JiT-B/4 --images 64`")
 
 
 # ---- the tables ----
@@ -116,21 +114,23 @@ class Worker:
 
     def __init__(self, spec: dict):
         self.spec, self.images, self.peak = spec, spec["images"], 0
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(spec)]
+        command = [sys.executable, "-m", "benchmarks.precision", "--worker", json.dumps(spec)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
         )
+        assert self.process.stdin and self.process.stdout  # pipes, as asked for
+        self.input, self.output = self.process.stdin, self.process.stdout
         ready = self._answer()
         self.refusal, self.device = ready.get("refusal"), ready.get("device")
         self.flops, self.products = ready.get("flops"), ready.get("products")
 
     def step(self) -> None:
-        print(file=self.process.stdin, flush=True)
+        print(file=self.input, flush=True)
         self.peak = self._answer()["peak"]
 
     def end(self) -> None:
-        self.process.stdin.close()
+        self.input.close()
         self.process.wait()
 
     def per_image_and_token(self, seconds: list[float]) -> tuple[str, str, str, str]:
@@ -144,7 +144,7 @@ class Worker:
         )
 
     def _answer(self) -> dict:
-        for line in self.process.stdout:
+        for line in self.output:
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit(f"the process for {self.spec} ended with exit code {self.process.wait()}")

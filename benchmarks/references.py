@@ -80,7 +80,8 @@ class Autoregressive(nn.Module):
     def sample(self, count: int, length: int, seed: int) -> Tensor:
         """Texts of `length` ids: [count, length]. Not with `shift`: the step does not see the token before its own."""
         assert not self.model.shift
-        generator, past = torch.Generator().manual_seed(seed), [[] for _ in self.model.blocks]
+        generator = torch.Generator().manual_seed(seed)
+        past: list[list] = [[] for _ in self.model.blocks]
         ids = [torch.full((count, 1), self.eos_id)]
         for _ in range(length):
             logits = self.model(ids[-1], None, past)[:, -1].float()
@@ -112,7 +113,7 @@ class MaskedDiffusion(nn.Module):
     @torch.no_grad()
     def bound_nats(self, ids: Tensor, mask: Tensor, draws: int) -> Tensor:
         """The bound of each text: [B], from `draws` stratified t with fixed masks."""
-        generator, total = torch.Generator().manual_seed(0), 0.0
+        generator, total = torch.Generator().manual_seed(0), torch.zeros(len(ids), dtype=torch.float64)
         for draw in range(draws):
             t = (draw + torch.rand(len(ids), 1, generator=generator)) / draws
             total = total + self._weighted(ids, mask, t.clamp(min=1e-3), generator).double().sum(1) / draws

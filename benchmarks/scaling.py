@@ -1,6 +1,6 @@
 """Step time, bytes and collectives of 1, 2 and 4 real ranks at every ZeRO stage, and a model of them up to 1,024 ranks.
 
-    python benchmarks/scaling.py            writes benchmarks/scaling.md and benchmarks/scaling.png (about four minutes)
+    python -m benchmarks.scaling     writes scaling.md and scaling.png into benchmarks/results (about four minutes)
 
 Weak scaling: a rank's micro-batch stays the same. The model adds up what is measured on its own:
 
@@ -23,22 +23,20 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from ds_tokimg.settings.engine_json import CPU_BUCKET_SIZE  # noqa: E402
-from ds_tokimg.training.memory import REDUCE_BUCKET_SIZE  # noqa: E402
-from tests.support.distributed import run_ranks  # noqa: E402
+from benchmarks import ROOT
+from ds_tokimg.settings.engine_json import CPU_BUCKET_SIZE
+from ds_tokimg.training.memory import REDUCE_BUCKET_SIZE
+from tests.support.distributed import run_ranks
 
 RANKS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 MANY = tuple(2**power for power in range(11))  # 1 ... 1024
 WARM_UP, STEPS = 2, 7
 FLAGS = "--model JiT-S/4 --max_tokens 512 --vocab_size 4096 --palette id --patch_noise 0".split()
 MICRO_BATCH, LARGE_MICRO_BATCH = 4, 64
-COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor")
-COLLECTIVES += ("reduce_scatter_tensor", "reduce_scatter")
+COLLECTIVES = (
+    *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor"),
+    *("reduce_scatter_tensor", "reduce_scatter"),
+)
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8a5fbf")  # of the stages
 
 
@@ -48,6 +46,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=25, help="a cluster's bandwidth a rank, GB/s")
     parser.add_argument("--microseconds", type=float, default=10, help="a cluster's latency of one message")
     args = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the ranks
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = folder
         links = {ranks: run_ranks(ranks, measure_links)[0] for ranks in RANKS[1:]}
@@ -58,8 +57,9 @@ def main() -> None:
         "one core a rank, gloo": {stage: here(stage, cases, links) for stage in STAGES},
         "a cluster": {stage: elsewhere(stage, large, cluster) for stage in STAGES},
     }
-    (ROOT / "benchmarks" / "scaling.md").write_text(report(cases, links, curves, large, args))
-    draw(cases, links, curves, ROOT / "benchmarks" / "scaling.png")
+    results = ROOT / "benchmarks" / "results"
+    (results / "scaling.md").write_text(report(cases, links, curves, large, args))
+    draw(cases, links, curves, results / "scaling.png")
 
 
 # ---- what is measured ----
@@ -294,8 +294,8 @@ def report(cases: dict, links: dict, curves: dict, large: dict, args) -> str:
     lines = [
         "# Scaling",
         "",
-        f"`{' '.join(['python', *sys.argv])}`, {date.today()}, {model}, {cores} cores, Python "
-        f"{platform.python_version()}, gloo over the loopback interface, fp32.",
+        f"`{' '.join(['python -m benchmarks.scaling', *sys.argv[1:]])}`, {date.today()}, {model}, {cores} cores, "
+        f"Python {platform.python_version()}, gloo over the loopback interface, fp32.",
         "",
         f"JiT-S/4, {one['parameters'] / 1e6:.1f} M parameters in {one['tensors']} tensors, micro-batch "
         f"{MICRO_BATCH} of 512 tokens on every rank (weak scaling), one thread a rank, pinned to a core. "
@@ -373,7 +373,7 @@ def draw(cases: dict, links: dict, curves: dict, path: Path) -> None:
 
     image = Image.new("RGB", (1500, 520), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(18)
-    most = 1.05 * max(max(case["seconds"], predicted(*key, cases, links)[0]) for key, case in cases.items())
+    most = 1.05 * max(max(case["seconds"], predicted(n, stage, cases, links)[0]) for (n, stage), case in cases.items())
     panels = [(80, "step, s (dots: measured, lines: model), by ranks", RANKS, most)]
     panels += [(80 + 500 * i, f"efficiency, {name}, by ranks", MANY, 1.0) for i, name in enumerate(curves, 1)]
     for left, title, ranks, top in panels:

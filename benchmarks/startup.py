@@ -1,6 +1,6 @@
 """From the start of the process to the first optimiser step, against importing the libraries alone.
 
-    python benchmarks/startup.py [--data_path FILE] > benchmarks/startup.md
+    python -m benchmarks.startup [--data_path FILE] > benchmarks/results/startup.md
 
 Each rival is a process of its own; they take turns. `first start`: no cache, the tokenizer is trained and the corpus
 tokenised. `second start`: another run on the same data. `resumed`: that run goes on. The clock stops at the log line
@@ -15,9 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.timing import ROOT, print_row, print_table, print_title, ratios, spread
+from benchmarks import ROOT
+from benchmarks.timing import print_row, print_table, print_title, ratios, spread
 
 IMPORTS = "import torch, deepspeed, transformers"
 FLAGS = "--model JiT-XS/2 --max_tokens 256 --train_batch_size 16 --num_samples 0 --log_interval 1"
@@ -73,6 +72,7 @@ def run(arguments: list[str], until: str | None = None) -> tuple[float, str]:
     begun, lines = time.perf_counter(), []
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout  # a pipe, as asked for
         for line in process.stdout:
             lines.append(line)
             if until and line.startswith(until):

@@ -1,9 +1,9 @@
 """What generated text is like: beside real text of the same length, and never one figure alone.
 
-    python benchmarks/text.py FOLDER
+    python -m benchmarks.text FOLDER
 
-The folder is what `learning.py --write FOLDER` leaves: `train.json`, `real.json` and a file for each system, lists of
-texts. Every text is cut to the same number of characters. The judge is an n-gram model of characters (nltk.lm,
+The folder is what `benchmarks.learning --write FOLDER` leaves: `train.json`, `real.json` and a file for each system,
+lists of texts. Every text is cut to the same number of characters. The judge is an n-gram model of characters (nltk.lm,
 interpolated by Witten and Bell's rule) of the training text.
 """
 

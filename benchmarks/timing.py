@@ -6,22 +6,23 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
-ROOT = Path(__file__).resolve().parent.parent
+Name = TypeVar("Name", bound=Hashable)
 
 
 def take_turns(
-    rivals: dict[str, Callable[[], object]], repetitions: int, warm_up: int = 1, clock=time.perf_counter
-) -> dict[str, list[float]]:
+    rivals: Mapping[Name, Callable[[], object]], repetitions: int, warm_up: int = 1, clock=time.perf_counter
+) -> dict[Name, list[float]]:
     """Seconds of each call: every rival once, then every rival again, so that a busy moment hits all of them.
 
     The first `warm_up` rounds are not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    seconds: dict[Name, list[float]] = {name: [] for name in rivals}
     for turn in range(warm_up + repetitions):
         for name, rival in rivals.items():
             begun = clock()
@@ -43,7 +44,8 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def print_title(title: str) -> None:
     """The page's head: what was run, when, on what."""
-    command = " ".join(["python", *[Path(word).name if Path(word).is_absolute() else word for word in sys.argv]])
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
     cores = len(os.sched_getaffinity(0))
     print(f"# {title}\n\n`{command}`, {date.today()}, {cores} core(s) of {processor()}{_torch()}.\n", flush=True)
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
-
-from benchmarks.timing import ROOT
-
-sys.path.insert(0, str(ROOT))
 
 from ds_tokimg.data.batch import BatchMaker
 from ds_tokimg.engine.allocator import keep_freed_memory
@@ -28,7 +23,7 @@ from ds_tokimg.training.objective import TrainingLoss
 class Texts:
     """Random tokens in the shape of a data set without prompts."""
 
-    def __init__(self, vocab_size: int, lengths: Sequence[int]):
+    def __init__(self, vocab_size: int, lengths: Sequence[int] | np.ndarray):
         rng = np.random.default_rng(0)
         self.lengths = np.asarray(lengths, dtype=np.int32)
         self.texts = [rng.integers(0, vocab_size, n) for n in lengths]
@@ -72,8 +67,14 @@ def engine_of(config: TrainConfig, **blocks) -> TrainEngine:
 def maker_of(module: TrainingLoss, config: TrainConfig) -> BatchMaker:
     model = module.model
     layout = PatchLayout(model.codec, model.config.img_size, model.config.patch_size, model.config.layout)
-    options = {"patch_noise": config.patch_noise, "block_size": config.block_size}
-    return BatchMaker(layout, module.timesteps, config.seed, in_turn=in_turn_share(config, model), **options)
+    return BatchMaker(
+        layout,
+        module.timesteps,
+        config.seed,
+        patch_noise=config.patch_noise,
+        block_size=config.block_size,
+        in_turn=in_turn_share(config, model),
+    )
 
 
 def batch_of(module: TrainingLoss, config: TrainConfig, lengths: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ The names below are imported when first used, so that `import ds_tokimg` costs n
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

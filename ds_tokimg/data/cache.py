@@ -11,7 +11,9 @@ import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 _BLOCK = 16 << 20
@@ -25,7 +27,7 @@ class DamagedCache(Exception):
 def seal(folder: Path, told: list[str]) -> None:
     """Writes the manifest of a complete folder, with lines that are worth telling again, and all of it to the disk."""
     files = {file.name: _stamp(file) for file in sorted(folder.iterdir())}
-    manifest = {"files": files, "told": told}
+    manifest: dict[str, Any] = {"files": files, "told": told}
     manifest["checksum"] = _checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
@@ -57,17 +59,17 @@ def check(folder: Path) -> list[str]:
     return told
 
 
-def _checksum(manifest: dict) -> int:
+def _checksum(manifest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
-def _stamp(file: Path) -> dict:
+def _stamp(file: Path) -> dict[str, Any]:
     status = file.stat()
     blocks = range(-(-status.st_size // _BLOCK))
     return {"size": status.st_size, "time": status.st_mtime_ns, "checksums": _checksums(file, blocks)}
 
 
-def _checksums(file: Path, blocks) -> list[int]:
+def _checksums(file: Path, blocks: Iterable[int]) -> list[int]:
     """CRC-32 of some blocks of a file, by their numbers."""
     sums = []
     with open(file, "rb") as stream:
@@ -77,7 +79,7 @@ def _checksums(file: Path, blocks) -> list[int]:
     return sums
 
 
-def _check_file(file: Path, stamp: dict) -> None:
+def _check_file(file: Path, stamp: dict[str, Any]) -> None:
     try:
         status = file.stat()
         if status.st_size != stamp["size"]:

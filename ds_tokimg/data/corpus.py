@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
 
-def _array(column) -> np.ndarray:
+def _array(column: Any) -> np.ndarray:
     """An Arrow column's numbers where they are. (`to_numpy` would import pandas first.)"""
     return np.from_dlpack(column)
 
@@ -75,7 +76,7 @@ class Corpus:
     parts: where the documents of each source begin, int64 [sources + 1]. notes: what a person should know about them.
     """
 
-    def __init__(self, batches: list, notes: Sequence[str] = ()):
+    def __init__(self, batches: list[Any], notes: Sequence[str] = ()):
         self._batches, self.notes = batches, list(notes)
         self.tokens, self.lengths = self._texts("ids")
         self.prompts, self.prompt_lengths = self._texts("prompt_ids")
@@ -127,7 +128,7 @@ class Corpus:
 
 def load_corpus(
     data: str | Path | list[Source],
-    tokenizer,
+    tokenizer: tokenizers.Tokenizer,
     *,
     use_chat_template: bool = False,
     enable_condition: bool = False,
@@ -225,7 +226,7 @@ def _cache_key(tokenise: Tokenise) -> str:
 
 
 @contextlib.contextmanager
-def _writing_to(root: Path):
+def _writing_to(root: Path) -> Iterator[None]:
     """Turns a full disk or a read-only folder into a message that names it."""
     try:
         yield
@@ -302,7 +303,7 @@ def _map(tokenise: Tokenise, folder: Path, num_proc: int) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_progress(datasets, megabytes: float):
+def _quiet_progress(datasets: Any, megabytes: float) -> Iterator[None]:
     """No progress bar where nobody watches it, or where it would be over at once."""
     hide = not sys.stderr.isatty() or megabytes < 5
     shown = not datasets.are_progress_bars_disabled()
@@ -316,7 +317,7 @@ def _quiet_progress(datasets, megabytes: float):
 
 
 @contextlib.contextmanager
-def _one_thread_each(num_proc: int):
+def _one_thread_each(num_proc: int) -> Iterator[None]:
     """With several processes one Rust thread each: threads do not survive a fork, and no core is idle."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"

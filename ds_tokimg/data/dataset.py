@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ds_tokimg.data.corpus import Corpus, load_corpus
 from ds_tokimg.data.order import Mixture
@@ -18,14 +20,14 @@ from ds_tokimg.data.records import AS_USUAL, ReadOptions
 from ds_tokimg.data.sources import Source, find_all
 from ds_tokimg.errors import UserError
 from ds_tokimg.tokens.codec import TokenCodec, check_geometry
-from ds_tokimg.tokens.tokenizer import ensure_special_tokens, vocab_size
+from ds_tokimg.tokens.tokenizer import Tokenizer, ensure_special_tokens, vocab_size
 
 SPLITS = ("all", "train", "eval")
 
 _PIECE = 1 << 20
 
 
-class TokenImageDataset(torch.utils.data.Dataset):
+class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Texts as images [3, H, W] in [-1, 1] with a mask [H, W] that is 1 where a token stands.
 
     Every document ends in EOS, which is scored like any token. With `packing` documents follow each other
@@ -61,22 +63,22 @@ class TokenImageDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        data_path,
-        tokenizer,
+        data_path: str | Path,
+        tokenizer: Tokenizer,
         img_size: int = 64,
         use_chat_template: bool = False,
         max_tokens: int | None = None,
         *,
         token_size: int = 1,
         radix: int | None = None,
-        palette=None,
+        palette: ArrayLike | torch.Tensor | None = None,
         layout: str = "patch",
         patch_size: int = 4,
         packing: bool = True,
         enable_condition: bool = False,
         split: str = "all",
         eval_fraction: float = 0.05,
-        cache_dir=None,
+        cache_dir: str | Path | None = None,
         num_proc: int | None = None,
         read: ReadOptions = AS_USUAL,
     ):
@@ -109,13 +111,14 @@ class TokenImageDataset(torch.utils.data.Dataset):
         self.mixture = None if split == "eval" else self._mixture(sources)
 
     def _mixture(self, sources: list[Source]) -> Mixture | None:
-        if sources[0].weight is None:
+        weights = [source.weight for source in sources if source.weight is not None]
+        if not weights:
             return None
         counts = np.bincount(self._source_of, minlength=len(sources))
         empty = [source.name for source, count in zip(sources, counts, strict=True) if not count]
         if empty:
             raise UserError(f"no text of {', '.join(empty)} is left to train on: leave it out, or give no weights")
-        return Mixture(self._source_of, [source.weight for source in sources])
+        return Mixture(self._source_of, weights)
 
     def _cut_prompts(self, documents: np.ndarray) -> list[str]:
         """Says how many prompts are longer than an image."""
@@ -163,7 +166,7 @@ class TokenImageDataset(torch.utils.data.Dataset):
         if not self.enable_condition:
             return documents, len(documents)
         prompted = self.corpus.prompt_lengths[documents] > 0
-        return np.concatenate([documents[~prompted], documents[prompted]]), np.count_nonzero(~prompted)
+        return np.concatenate([documents[~prompted], documents[prompted]]), int(np.count_nonzero(~prompted))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1

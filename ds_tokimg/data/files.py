@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ds_tokimg.data.records import Tally
 from ds_tokimg.errors import UserError
@@ -51,25 +51,27 @@ def format_of(path: str | Path) -> tuple[str, str | None]:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked. Raises UserError when it is missing, unreadable or damaged."""
+def opened(path: str) -> Iterator[Any]:
+    """The bytes of a file, unpacked, as a buffered reader. Raises UserError when it is missing or damaged."""
     compression = format_of(path)[1]
     try:
         with _unpacked(path, compression) as file:
             yield file
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # pyarrow's errors of reading are OSErrors
-        damage = f": not a whole {compression} file: {error}" if compression else f": {error.strerror or error}"
+        reason = getattr(error, "strerror", None) or error
+        damage = f": not a whole {compression} file: {error}" if compression else f": {reason}"
         raise UserError(f"cannot read {path}{damage}") from error
 
 
-def _unpacked(path: str, compression: str | None) -> BinaryIO:
+def _unpacked(path: str, compression: str | None) -> Any:
     if compression == "zstd":
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 16)
     if compression is None:
         return open(path, "rb", buffering=1 << 20)  # lines of any length are read in pieces of this size
-    return {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression](path, "rb")
+    openers: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    return openers[compression](path, "rb")
 
 
 def blocks(span: Span) -> Iterator[tuple[int, bytes]]:

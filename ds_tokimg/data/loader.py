@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -46,7 +47,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset,
+        dataset: Any,
         sampler: TrainBatchSampler,
         collate: Callable[..., dict[str, Tensor]],
         *,
@@ -74,7 +75,7 @@ class BatchLoader:
                 yield LoadedBatch(epoch, micro_batches, time.perf_counter() - begun)
             return
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
-        waiting: deque[tuple[int, Future]] = deque()
+        waiting: deque[tuple[int, Future[list[dict[str, Tensor]]]]] = deque()
         try:
             for epoch, number, indices in self._plan(first_step, last_step):
                 waiting.append((epoch, pool.submit(self._prepare, epoch, number, indices)))
@@ -106,7 +107,7 @@ class BatchLoader:
         return micro_batches
 
 
-def _take(waiting: deque[tuple[int, Future]]) -> LoadedBatch:
+def _take(waiting: deque[tuple[int, Future[list[dict[str, Tensor]]]]]) -> LoadedBatch:
     epoch, future = waiting.popleft()
     begun = time.perf_counter()
     return LoadedBatch(epoch, future.result(), time.perf_counter() - begun)

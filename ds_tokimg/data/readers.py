@@ -79,9 +79,10 @@ def read_span(span: Span, options: ReadOptions, tally: Tally) -> Iterator[Record
     Raises UserError that names the file where a file cannot be read at all.
     """
     kind = format_of(span.path)[0]
+    records: Iterator[Record]
     if kind in PLAIN:
-        document = document_of(kind, options)
-        records = {"line": _read_lines, "paragraph": _read_paragraphs, "file": _read_file}[document](span, tally)
+        read = {"line": _read_lines, "paragraph": _read_paragraphs, "file": _read_file}
+        records = read[document_of(kind, options)](span, tally)
     elif kind == ".json":
         records = _read_json(span, options, tally)
     elif kind in TABLES or kind in DELIMITERS:
@@ -120,7 +121,8 @@ def _read_lines(span: Span, tally: Tally) -> Iterator[str]:
 def _read_paragraphs(span: Span, tally: Tally) -> Iterator[str]:
     """The paragraphs that follow the blank lines inside the span, to their ends; the first span of a file also has the
     paragraph that the file begins with."""
-    begin, lines = 0, None if span.start else []
+    begin = 0
+    lines: list[bytes] | None = None if span.start else []
     for offset, line in _lines_from(span):
         blank = not line.strip()
         if blank and lines:
@@ -205,12 +207,13 @@ def _read_json(span: Span, options: ReadOptions, tally: Tally) -> Iterator[Recor
         try:
             yield to_record(item, options)
         except ValueError as error:
-            line = partial(_line_of_item, text, i) if items is content else lambda: 1
-            tally.reject(lambda line=line: f"{path}, line {line()}", f"{error} (record {i + 1})")
+            tally.reject(partial(_place_of_item, path, text, i), f"{error} (record {i + 1})")
 
 
-def _line_of_item(text: str, index: int) -> int:
-    """The line on which an item of a JSON list begins."""
+def _place_of_item(path: str, text: str, index: int) -> str:
+    """Names the line on which an item of a JSON list begins (the first, where there is no list)."""
+    if not text.lstrip().startswith("["):
+        return f"{path}, line 1"
     decoder = json.JSONDecoder()
     position = text.index("[") + 1
     for i in range(index + 1):
@@ -218,4 +221,4 @@ def _line_of_item(text: str, index: int) -> int:
             position += 1
         if i < index:
             _, position = decoder.raw_decode(text, position)
-    return text.count("\n", 0, position) + 1
+    return f"{path}, line {text.count(chr(10), 0, position) + 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ds_tokimg.errors import UserError
 
@@ -29,7 +30,7 @@ class ReadOptions:
     document: str | None = None
     skip_bad_records: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.document not in (None, *DOCUMENTS):
             raise UserError(f"unknown document {self.document!r}; available: {', '.join(DOCUMENTS)}")
         if self.text_key == "":
@@ -86,7 +87,7 @@ def joined(record: Record) -> str:
     return prompt + answer if prompt.endswith("\n") else f"{prompt}\n{answer}"
 
 
-def to_record(item, options: ReadOptions) -> Record:
+def to_record(item: Any, options: ReadOptions) -> Record:
     """A parsed JSON value or table row -> a record. A field that is null counts as missing; where all the fields that
     are there are null, the record is an empty text. Raises ValueError with what is wrong."""
     if isinstance(item, str):
@@ -112,7 +113,7 @@ def to_record(item, options: ReadOptions) -> Record:
     raise ValueError(f"{options.format_help}; this one has the keys: {keys}")
 
 
-def _conversation(messages) -> Conversation:
+def _conversation(messages: Any) -> Conversation:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError('"messages" must be a list of {"role": ..., "content": ...}')
     found = []
@@ -126,7 +127,7 @@ def _conversation(messages) -> Conversation:
     return Conversation(tuple(found))
 
 
-def _checked(name: str, value) -> str:
+def _checked(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f'"{name}" must be a string, not {_kind(value)}')
     if not value.isascii():
@@ -137,7 +138,7 @@ def _checked(name: str, value) -> str:
     return value
 
 
-def _kind(value) -> str:
+def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ds_tokimg.data.files import COMPRESSIONS, FORMAT_HELP, FORMATS, Span, format_of
 from ds_tokimg.data.readers import grouped, read_span, spans_of
@@ -45,7 +46,7 @@ class Source:
     fingerprint: str
     num_bytes: int
     options: ReadOptions = AS_USUAL
-    rows: object = field(default=None, repr=False)
+    rows: Any = field(default=None, repr=False)
     validation: Source | None = None
     weight: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -122,7 +123,7 @@ def _check_readable(file: Path) -> None:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _digest(parts) -> str:
+def _digest(parts: list[Any]) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -226,7 +227,7 @@ def _find_on_hub(name: str, options: ReadOptions) -> Source:
     return source
 
 
-def _of_rows(name: str, rows, options: ReadOptions) -> Source:
+def _of_rows(name: str, rows: Any, options: ReadOptions) -> Source:
     columns_of(name, rows.column_names, options)
     starts = range(0, len(rows), _ROWS_PER_GROUP)
     groups = [[Span(name, i, min(i + _ROWS_PER_GROUP, len(rows)))] for i in starts]

@@ -6,6 +6,8 @@ import contextlib
 import csv
 import io
 from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
 
 from ds_tokimg.data.files import DELIMITERS, Span, format_of, opened, without_mark
 from ds_tokimg.data.records import ReadOptions, Record, Tally, to_record
@@ -22,7 +24,7 @@ def read_table(span: Span, options: ReadOptions, tally: Tally) -> Iterator[Recor
 
 
 def records_of_rows(
-    rows: Iterable[tuple[int, dict | ValueError]], name: str, options: ReadOptions, tally: Tally
+    rows: Iterable[tuple[int, dict[str, Any] | ValueError]], name: str, options: ReadOptions, tally: Tally
 ) -> Iterator[Record]:
     """(number, row or what is wrong with it) of each row of a table -> its record."""
     for number, row in rows:
@@ -31,8 +33,8 @@ def records_of_rows(
                 raise row
             yield to_record(row, options)
         except ValueError as error:
-            place = "line" if format_of(name)[0] in DELIMITERS else "row"
-            tally.reject(lambda number=number, place=place: f"{name}, {place} {number}", str(error))
+            place = f"{name}, {'line' if format_of(name)[0] in DELIMITERS else 'row'} {number}"
+            tally.reject(partial(str, place), str(error))
 
 
 def columns_of(name: str, columns: list[str], options: ReadOptions) -> list[str]:
@@ -50,7 +52,7 @@ def columns_of(name: str, columns: list[str], options: ReadOptions) -> list[str]
 
 
 @contextlib.contextmanager
-def _table_errors(path: str):
+def _table_errors(path: str) -> Iterator[None]:
     import pyarrow
 
     try:
@@ -69,7 +71,7 @@ def row_group_sizes(path: str, options: ReadOptions) -> list[int]:
         return [table.metadata.row_group(i).total_byte_size for i in range(table.metadata.num_row_groups)]
 
 
-def _parquet_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow import parquet
 
     with _table_errors(span.path):
@@ -80,7 +82,7 @@ def _parquet_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict]
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), first + 1)
 
 
-def _arrow_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict]]:
+def _arrow_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow as pa
 
     with _table_errors(span.path), pa.memory_map(span.path) as file:
@@ -98,7 +100,7 @@ def _arrow_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict]]:
                     yield number, row
 
 
-def _delimited_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict | ValueError]]:
+def _delimited_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """Rows of a .csv or .tsv by the names in its first line, with the number of the line each ends on."""
     csv.field_size_limit(_LONGEST_CELL)
     with opened(span.path) as file:
@@ -122,7 +124,7 @@ def _delimited_rows(span: Span, options: ReadOptions) -> Iterator[tuple[int, dic
                 yield lines.line_num, _row_of_cells(cells, names, columns)
 
 
-def _row_of_cells(cells: list[str], names: list[str], columns: list[str]) -> dict | ValueError:
+def _row_of_cells(cells: list[str], names: list[str], columns: list[str]) -> dict[str, Any] | ValueError:
     """The cells of the named columns. Where a table mixes kinds of records, a cell without text is one that is
     missing."""
     if len(cells) != len(names):

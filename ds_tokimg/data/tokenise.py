@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,19 +34,19 @@ class Tokenise:
     """
 
     source: Source
-    tokenizer: object
+    tokenizer: tokenizers.Tokenizer
     settings: Settings
     tallies: Path | None = None
 
-    def __call__(self, table):
+    def __call__(self, table: Any) -> Any:
         """An Arrow table with one row, `group` -> the group's documents, a row each."""
         import pyarrow as pa
 
-        tables = []
+        tables: list[Any] = []
         for group in table["group"].to_pylist():
             tally = Tally(self.source.options.skip_bad_records)
             tables += map(self._documents, _blocks(self._pairs(group, tally)))
-            if tally != Tally(tally.skip_bad):
+            if self.tallies and tally != Tally(tally.skip_bad):
                 (self.tallies / f"{group:08}.tally").write_text(json.dumps(dataclasses.asdict(tally)))
         return pa.concat_tables(tables or [self._documents([])])
 
@@ -59,19 +60,19 @@ class Tokenise:
             else:
                 yield record, *scored
 
-    def _documents(self, found: list[tuple[Record, str, str]]):
+    def _documents(self, found: list[tuple[Record, str, str]]) -> Any:
         """Records -> an Arrow table of their documents."""
         import pyarrow as pa
 
-        records, prompts, texts = ([row[i] for row in found] for i in range(3))
+        texts = [text for _, _, text in found]
         ids, lengths = self._encode(texts)
-        prompts, prompt_lengths = self._encode(prompts)
+        prompts, prompt_lengths = self._encode([prompt for _, prompt, _ in found])
         sizes = [len(tokenizers.unguarded(self.tokenizer, text).encode()) for text in texts]
         columns = {
             "ids": _list_array(*_end_each(ids, lengths, self.tokenizer.eos_token_id)),
             "prompt_ids": _list_array(prompts, prompt_lengths),
             "num_bytes": pa.array(sizes, pa.int32()),
-            "hash": pa.array(_hashes(records), pa.uint64()),
+            "hash": pa.array(_hashes([record for record, _, _ in found]), pa.uint64()),
         }
         return pa.table(columns)
 
@@ -115,7 +116,7 @@ def _end_each(ids: np.ndarray, lengths: np.ndarray, eos: int) -> tuple[np.ndarra
     return np.insert(ids, np.cumsum(lengths), eos).astype(np.int32), lengths + 1
 
 
-def _list_array(values: np.ndarray, lengths: np.ndarray):
+def _list_array(values: np.ndarray, lengths: np.ndarray) -> Any:
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

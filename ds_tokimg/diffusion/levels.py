@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,9 +82,10 @@ class SamplingPath:
         log_snr, density = self.levels.quantile(self.share * u)
         return log_snr, density / self.share
 
-    def trained(self, timesteps) -> float:
+    def trained(self, timesteps: Any) -> float:
         """The share of the noise levels in training that lie before tokens are drawn."""
         if self.share == 1:
             return 1.0
+        assert self.drawn_at is not None  # a share below 1: tokens are drawn in turn
         grid = torch.linspace(LOG_SNR_MIN, self.drawn_at, 513, dtype=torch.float64)
         return float(torch.trapezoid(timesteps.density(timestep_of_log_snr(grid)).double(), grid))

@@ -336,7 +336,7 @@ def _generator_states() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, gauss),
         "python": random.getstate(),
     }
 

@@ -18,7 +18,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -189,9 +189,8 @@ def _common_state(checkpoint: Path, saved: dict, read: Reader, updates: Tensor) 
     """What is no parameter's own: settings of the groups and the loss scaler, where DeepSpeed's loader looks for it."""
     file = read(model_file(checkpoint))
     shard = {} if saved["stage"] == 0 else read(_shard_files(checkpoint, saved)[0])["optimizer_state_dict"]
-    torch_state = {0: file["optimizer"], 3: shard.get("optimizer_state_dict")}.get(
-        saved["stage"], shard.get("base_optimizer_state")
-    )
+    torch_states: dict[int, Any] = {0: file["optimizer"], 3: shard.get("optimizer_state_dict")}
+    torch_state: Any = torch_states.get(saved["stage"], shard.get("base_optimizer_state"))
     groups = [{**group, "params": []} for group in torch_state["param_groups"]]
     scaler = {key: shard[key] for key in ("loss_scaler", "dynamic_loss_scale") if key in shard}
     steps = {"state": {0: {"step": updates}}, "param_groups": groups}

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ PARTITION_SETTINGS = (
 CHECKPOINT_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def _member(enumeration: type, name: str) -> ZeroStageEnum:
+def _member(enumeration: Any, name: str) -> ZeroStageEnum:
     """What early releases of Python 3.11 write down for a member of an enumeration: getattr(enumeration, name)."""
     if enumeration is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
         raise pickle.UnpicklingError(f"{name!r} of {enumeration!r} does not belong into a checkpoint")
@@ -211,8 +212,9 @@ class TrainEngine:
                 scheduler.step()
 
     @property
-    def module(self) -> nn.Module:
-        """The module itself, for validation (under ZeRO-3 all ranks must run the same forwards)."""
+    def module(self) -> Any:
+        """The module itself, an nn.Module with `count`, for validation (under ZeRO-3 all ranks must run the same
+        forwards)."""
         return self.engine.module
 
     @property
@@ -295,6 +297,7 @@ class TrainEngine:
             if self.stage == 0 and index == len(micro_batches) - 1:
                 self._check_gradients()
             self.engine.step()
+        assert totals is not None  # the engine accumulates one micro-batch or more
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(totals)
         return StepResult(
@@ -325,7 +328,7 @@ class TrainEngine:
         for p in params:
             if p.grad is None:  # no micro-batch used it; it decays all the same, as it does under ZeRO
                 p.grad = torch.zeros_like(p)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         self.optimizer._global_grad_norm = norm
         self.optimizer.overflow = not bool(torch.isfinite(norm))
         if self.optimizer.overflow:

@@ -24,7 +24,7 @@ def hidden_matrices(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 class Place(NamedTuple):
     """The part of a matrix that lies in one of the tensors which ZeRO gives the optimiser."""
 
-    shape: tuple[int, int]  # of the whole matrix
+    shape: tuple[int, ...]  # of the whole matrix, two numbers
     start: int  # of the part in the whole, both flattened
     offset: int  # of the part in the tensor
     length: int  # 0: no part of it lies there
@@ -61,16 +61,16 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step_matrices(p, group["lr"], group["weight_decay"])
+                    self._step_matrices(p, p.grad, group["lr"], group["weight_decay"])
         return loss
 
-    def _step_matrices(self, p: Tensor, lr: float, weight_decay: float) -> None:
+    def _step_matrices(self, p: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[p]
         if "exp_avg" not in state:
             state["step"], state["exp_avg"] = torch.zeros((), device=p.device), torch.zeros_like(p)
         state["step"] += 1
-        momentum = state["exp_avg"].lerp_(p.grad, 1 - self.momentum)
-        direction = p.grad.lerp(momentum, self.momentum).flatten()
+        momentum = state["exp_avg"].lerp_(grad, 1 - self.momentum)
+        direction = grad.lerp(momentum, self.momentum).flatten()
         p.mul_(1 - lr * weight_decay)
         places = [Place(tuple(p.shape), 0, 0, p.numel())] if self.locate is None else self.locate(p)
         for place, matrix in self._whole(direction, places):
@@ -97,7 +97,8 @@ class Muon(torch.optim.AdamW):
 
 def _buckets(places: list[Place]) -> Iterator[list[Place]]:
     """Consecutive places, BUCKET_SIZE numbers at a time (but at least a matrix)."""
-    bucket, size = [], 0
+    bucket: list[Place] = []
+    size = 0
     for place in places:
         if bucket and size + math.prod(place.shape) > BUCKET_SIZE:
             yield bucket

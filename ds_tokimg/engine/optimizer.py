@@ -33,8 +33,8 @@ def warmed_decay(decay: float, updates: int) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-class Averaging:
-    """Mix-in for a torch optimiser: `ema_DECAY` and `updates` in the state of each parameter.
+class Averaging(torch.optim.Optimizer):
+    """Mix-in before a torch optimiser: `ema_DECAY` and `updates` in the state of each parameter.
 
     DeepSpeed reads `overflow` and `_global_grad_norm` of whatever optimiser it steps. At stage 0 nothing else sets
     them, so the engine does, and a step on gradients that are not finite counts as skipped there too.
@@ -45,7 +45,7 @@ class Averaging:
         self.ema_decay = ema_decay
         self.average = average_key(ema_decay) if ema_decay else None  # its key in the states; None: none is kept
         self.overflow = False
-        self._global_grad_norm = None
+        self._global_grad_norm: Tensor | None = None
 
     def keeps(self, group: dict, key: str) -> bool:
         """Whether the state of the parameters in a group has an entry `key`."""
@@ -104,7 +104,7 @@ class AveragedMuon(Averaging, Muon):
         return not (group["orthogonal"] and key == "exp_avg_sq")
 
 
-def build_optimizer(params: Iterable[nn.Parameter], block: dict, ema_decay: float = 0.0) -> torch.optim.Optimizer:
+def build_optimizer(params: Iterable[nn.Parameter], block: dict, ema_decay: float = 0.0) -> Averaging:
     """The optimiser of a run.
 
     Args:

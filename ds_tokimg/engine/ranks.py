@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,14 +76,14 @@ class Dist:
 
     def on_first_rank(self, action: Callable):
         """The result of `action()` on rank 0, on every rank; when it raises, every rank raises."""
-        outcome = (None, None)
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.rank == 0:
             try:
                 outcome = (action(), None)
-            except UserError as error:
-                outcome = (None, error)
-            except Exception as error:
-                self.broadcast((None, TrainingError(f"rank 0 failed: {error}")))
+            except UserError as mistake:
+                outcome = (None, mistake)
+            except Exception as failure:
+                self.broadcast((None, TrainingError(f"rank 0 failed: {failure}")))
                 raise
         value, error = self.broadcast(outcome)
         if error is not None:
@@ -91,7 +92,7 @@ class Dist:
 
     def gather(self, value) -> list:
         """The values of all ranks in rank order, on every rank."""
-        values = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self.control)
         return values
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ds_tokimg.engine.muon import Place
 from ds_tokimg.engine.optimizer import UPDATES, Averaging
 
 FP32 = "fp32"
+ZeroParameter = Any  # an nn.Parameter with the methods that ZeRO hangs on it
 
 
 class Shards:
@@ -81,7 +83,7 @@ class Shards:
         return max((self.optimizer.state.get(t, {}).get(UPDATES, 0) for t in self.stepped), default=0)
 
     @torch.no_grad()
-    def full(self, param: nn.Parameter, key: str = FP32) -> Tensor:
+    def full(self, param: ZeroParameter, key: str = FP32) -> Tensor:
         """A parameter's fp32 weight or state in its own shape. Collective at stages 1 to 3."""
         state_key = None if key == FP32 else key
         if self.stage == 0:
@@ -98,13 +100,14 @@ class Shards:
         """Give every tensor that the optimiser steps states `keys`, zero so far, as after `updates` steps."""
         for index, tensor in enumerate(self.stepped):
             own = [key for key in keys if self.optimizer.keeps(self.group(index), key)]
-            state = self.optimizer.state[tensor] = {key: torch.zeros_like(tensor.data) for key in own}
+            state: dict[str, Any] = {key: torch.zeros_like(tensor.data) for key in own}
+            self.optimizer.state[tensor] = state
             state[UPDATES] = updates
             if "exp_avg" in state:
                 state["step"] = torch.tensor(float(updates), device=tensor.device)  # fused kernels want it there
 
     @torch.no_grad()
-    def fill(self, param: nn.Parameter, value: Tensor, key: str = FP32) -> None:
+    def fill(self, param: ZeroParameter, value: Tensor, key: str = FP32) -> None:
         """Copy this rank's part out of a whole weight or state `value`. Not collective; see `refresh`."""
         state_key = None if key == FP32 else key
         if self.stage == 0:
@@ -186,7 +189,7 @@ class Shards:
         if persistent:  # small parameters that every rank keeps whole
             persistent[0].all_gather(persistent)
 
-    def _link_states(self, param: nn.Parameter, key: str) -> None:
+    def _link_states(self, param: ZeroParameter, key: str) -> None:
         """Stages 1 and 2 link parameters with their states once, within the first step: too early for all groups but
         the first, and too late for a run that has just been resumed."""
         mapping = param._hp_mapping  # None where this rank holds no part of the parameter
@@ -195,7 +198,7 @@ class Shards:
             self.zero._lazy_init_hp_params_optimizer_state()
 
 
-def _flat_place(param: nn.Parameter) -> Place:
+def _flat_place(param: ZeroParameter) -> Place:
     """Stages 1 and 2: the part of a parameter in the flat partition of its group on this rank."""
     mapping = param._hp_mapping
     if mapping is None:

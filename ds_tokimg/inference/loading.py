@@ -31,7 +31,7 @@ class TrainedModel:
 
     path: Path
     model: JiT
-    tokenizer: object
+    tokenizer: tokenizers.Tokenizer
     format: TextFormat
 
     @property

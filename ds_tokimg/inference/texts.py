@@ -83,7 +83,8 @@ def _known_tokens(trained: TrainedModel, text: str) -> tuple[dict[int, int], int
     gaps = [int(size) for size in pieces[1::2]]
     if not any(gaps):
         raise UserError(f"--infill {text[:40]!r}: no gap to fill; write one of 8 tokens as <gap:8>")
-    known, place = {}, 0
+    known: dict[int, int] = {}
+    place = 0
     for number, (piece, gap) in enumerate(zip(pieces[::2], [*gaps, 0], strict=True)):
         ids = tokenizers.encode_part(trained.tokenizer, piece, inside=number > 0).tolist()
         known |= dict(enumerate(ids, start=place))

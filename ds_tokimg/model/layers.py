@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.offset = nn.Parameter(torch.zeros(6 * width))  # [6C]
         for parameter in self.parameters():
-            parameter.hidden_matrix = parameter.ndim == 2  # see `ds_tokimg.engine.muon`
+            parameter.hidden_matrix = parameter.ndim == 2  # type: ignore[attr-defined]  # see `ds_tokimg.engine.muon`
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from ds_tokimg.errors import UserError, nearest
 
@@ -21,7 +22,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read(recipe: str) -> dict:
+def read(recipe: str) -> dict[str, Any]:
     """The content of a recipe, as TOML gives it. UserError if there is no such recipe, or if it is no TOML."""
     path = _path_of(recipe)
     try:

@@ -121,7 +121,7 @@ def _recipe_problem(section: str, key: str, value) -> str | None:
     if key not in FIELDS:
         return f"unknown setting{nearest(key, FIELDS)}"
     if key not in keys:
-        home = next(name for name, group in SECTIONS.items() if key in group.__dataclass_fields__)
+        home = next(name for name, group in SECTIONS.items() if key in vars(group)["__dataclass_fields__"])
         return f"this setting belongs into the section [{home}]"
     field = FIELDS[key]
     if not field.metadata["in_recipe"]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ds_tokimg.choices import LAYOUTS
@@ -74,7 +77,9 @@ class TokenCodec:
     Raises ValueError when a value is out of range or the base is too small for V.
     """
 
-    def __init__(self, vocab_size: int, token_size: int = 1, radix: int | None = None, palette=None):
+    def __init__(
+        self, vocab_size: int, token_size: int = 1, radix: int | None = None, palette: ArrayLike | Tensor | None = None
+    ):
         if vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
         if token_size < 1:
@@ -122,24 +127,28 @@ class TokenCodec:
         """Tokens an image of img_size x img_size pixels holds."""
         return (img_size // self.token_size) ** 2
 
-    def encode(self, ids, img_size: int = 64, layout: str = "patch", patch_size: int = 4) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, ids: ArrayLike, img_size: int = 64, layout: str = "patch", patch_size: int = 4
+    ) -> tuple[Tensor, Tensor]:
         """Token ids -> image [3, H, W] float32 in [-1, 1] and mask [H, W] float32 (1 where a token stands).
 
         Pixels without a token are 0, the middle grey. Raises ValueError for ids outside the vocabulary or more ids
         than the image holds.
         """
-        ids = torch.from_numpy(np.array(ids, dtype=np.int64)).reshape(-1)  # a copy: any strides, read-only memory
-        self._check_ids(ids)
+        tokens = torch.from_numpy(np.array(ids, dtype=np.int64)).reshape(-1)  # a copy: any strides, read-only memory
+        self._check_ids(tokens)
         order = pixel_order(img_size, self.token_size, layout, patch_size)
-        if len(ids) > len(order):
-            raise ValueError(f"{len(ids)} tokens do not fit into an image of {len(order)} cells")
-        where = order[: len(ids)].reshape(-1)  # [n * token_size^2]
+        if len(tokens) > len(order):
+            raise ValueError(f"{len(tokens)} tokens do not fit into an image of {len(order)} cells")
+        where = order[: len(tokens)].reshape(-1)  # [n * token_size^2]
         image, mask = torch.zeros(3, img_size * img_size), torch.zeros(img_size * img_size)
-        image[:, where] = self.codebook[ids].view(-1, 3).T
+        image[:, where] = self.codebook[tokens].view(-1, 3).T
         mask[where] = 1.0
         return image.view(3, img_size, img_size), mask.view(img_size, img_size)
 
-    def decode(self, image: Tensor, mask: Tensor | None = None, layout: str = "patch", patch_size: int = 4):
+    def decode(
+        self, image: Tensor, mask: Tensor | None = None, layout: str = "patch", patch_size: int = 4
+    ) -> list[Any]:
         """Image [3, H, W] -> list of int, or a batch [B, 3, H, W] -> one list per image.
 
         The nearest level of every channel is taken. With a mask ([H, W] or [B, H, W]) only cells whose pixels are all
@@ -181,7 +190,7 @@ class TokenCodec:
 
     # ---- files ----
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything that defines the codec, as JSON-ready values; `from_dict` is the inverse."""
         palette = None if self.palette is None else self.palette.tolist()
         return {
@@ -192,10 +201,12 @@ class TokenCodec:
         }
 
     @classmethod
-    def from_dict(cls, values: dict) -> TokenCodec:
+    def from_dict(cls, values: dict[str, Any]) -> TokenCodec:
         return cls(**values)
 
-    def save_png(self, path, ids, img_size: int = 64, layout: str = "patch", patch_size: int = 4) -> None:
+    def save_png(
+        self, path: str | Path, ids: Sequence[int], img_size: int = 64, layout: str = "patch", patch_size: int = 4
+    ) -> None:
         """Writes the image of the ids. Lossless: `load_png` gives the ids back. The file notes the code it uses."""
         from PIL import Image, PngImagePlugin
 
@@ -206,7 +217,7 @@ class TokenCodec:
         info.add_text("ds_tokimg", json.dumps(note))
         Image.fromarray(pixels, "RGB").save(Path(path), format="PNG", pnginfo=info)
 
-    def load_png(self, path, layout: str = "patch", patch_size: int = 4) -> list[int]:
+    def load_png(self, path: str | Path, layout: str = "patch", patch_size: int = 4) -> list[int]:
         """Ids of an image file. A file that `save_png` wrote knows its layout and length; another file is read whole.
 
         Raises ValueError when the file was written with another code.
@@ -223,7 +234,7 @@ class TokenCodec:
         ids = self.decode(image, None, note.get("layout", layout), note.get("patch_size", patch_size))
         return ids[: note.get("num_tokens", len(ids))]
 
-    def _note(self) -> dict:
+    def _note(self) -> dict[str, Any]:
         """What an image file says about the code it was written with: `to_dict` with a checksum of the palette."""
         palette = None if self.palette is None else zlib.crc32(self.palette.numpy().tobytes())
         return self.to_dict() | {"palette": palette}
@@ -238,7 +249,7 @@ def _smallest_radix(vocab_size: int, digits: int) -> int:
     return radix
 
 
-def _as_permutation(palette, vocab_size: int) -> Tensor | None:
+def _as_permutation(palette: ArrayLike | Tensor | None, vocab_size: int) -> Tensor | None:
     if palette is None:
         return None
     if not isinstance(palette, torch.Tensor):

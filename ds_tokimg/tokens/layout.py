@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ds_tokimg.tokens.codec import TokenCodec, token_of_slot
@@ -35,7 +36,7 @@ class PatchLayout:
         """[patches, K]: which token a slot holds."""
         return token_of_slot(self.img_size, self.codec.token_size, self.layout, self.patch_size)
 
-    def num_patches(self, lengths) -> np.ndarray:
+    def num_patches(self, lengths: ArrayLike) -> np.ndarray:
         """Patches that texts of these lengths touch (always the first ones), int [n]."""
         lengths = np.asarray(lengths)
         if self.layout == "patch":

@@ -9,7 +9,7 @@ first, which half of the cube it is in, thus is the coarsest fact about a token'
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -78,8 +78,8 @@ def _mutual_information(stream: np.ndarray, counts: np.ndarray) -> torch.Tensor:
     values = np.log(together / expected)
     positive = values > 0
     return torch.sparse_coo_tensor(
-        np.stack([rows, columns])[:, positive],
-        values[positive].astype(np.float32),
+        torch.from_numpy(np.stack([rows, columns])[:, positive]),
+        torch.from_numpy(values[positive].astype(np.float32)),
         (len(counts), 2 * len(frequent)),
         check_invariants=False,
     ).coalesce()
@@ -100,7 +100,7 @@ def _embed(matrix: torch.Tensor, dimensions: int) -> torch.Tensor:
     return left * values.sqrt()
 
 
-def _split(vectors: np.ndarray, halves: Halves):
+def _split(vectors: np.ndarray, halves: Halves) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (tokens, codes) pairs of equal length that say which token gets which code."""
     node_of = {ends: node for node, ends in enumerate(zip(halves.first.tolist(), halves.last.tolist(), strict=True))}
     parts = [(np.arange(len(vectors)), 0, len(vectors) - 1)]

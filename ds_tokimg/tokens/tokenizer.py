@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import secrets
 from array import array
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from ds_tokimg.errors import UserError
+from ds_tokimg.tokens.control import control_tokens, guarded, is_guarded, name_of, spell, unguarded
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -30,17 +29,34 @@ _BYTE_ALPHABET = 256
 # Put before a text to see how it is written in the middle of another; the first that it does not merge with is taken.
 _LEADS = ("\n", ".", "a", "1")
 
-# New in every process, so that no text can hold them: what stands for the name of a control token that is text, and
-# for one that is a control token.
-_GUARD, _CONTROL = secrets.token_hex(12), secrets.token_hex(12)
-_SECRET = re.compile(f"{_GUARD}x(\\d+)x")
-
 
 class RefusedConversation(UserError, ValueError):
     """A chat template that raises an error for a conversation: a bad record, or a user's mistake."""
 
 
-def load_tokenizer(path_or_name: str | Path):
+class Tokenizer(Protocol):
+    """What the trainer uses of a Hugging Face tokenizer (`PreTrainedTokenizerBase`), EOS and padding present."""
+
+    eos_token: str
+    eos_token_id: int
+    pad_token: str
+    pad_token_id: int
+    chat_template: Any
+    name_or_path: str
+    unk_token: str | None
+    all_special_tokens: list[str]
+    all_special_ids: list[int]
+
+    def __call__(self, text: Any, **options: Any) -> Any: ...
+    def __len__(self) -> int: ...
+    def get_vocab(self) -> dict[str, int]: ...
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any]) -> int: ...
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+    def decode(self, token_ids: Any, **options: Any) -> Any: ...
+    def save_pretrained(self, save_directory: Any) -> Any: ...
+
+
+def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     """A tokenizer from a folder or a hub name, with EOS and padding tokens.
 
     A tokenizer without EOS gets `<|endoftext|>` (one more id unless it knows the word); without padding token, EOS
@@ -64,7 +80,7 @@ def load_tokenizer(path_or_name: str | Path):
     return ensure_special_tokens(tokenizer)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024):
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
     """Trains a byte-level BPE: id 0 is `<|endoftext|>` (EOS and padding), then the 256 bytes, then merges.
 
     A small corpus may have fewer merges than asked for. Raises UserError when the bytes alone do not fit.
@@ -74,10 +90,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024):
             f"vocab_size {vocab_size} is too small for a byte-level tokenizer: {_BYTE_ALPHABET} bytes and one "
             f"end-of-text token need at least {_BYTE_ALPHABET + 1}"
         )
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE())
+    backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -87,15 +104,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024):
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer: Tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer
 
 
-def ensure_special_tokens(tokenizer):
+def ensure_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer, with EOS and padding tokens added where it has none."""
     if tokenizer.eos_token_id is None:
         tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
@@ -104,12 +122,12 @@ def ensure_special_tokens(tokenizer):
     return tokenizer
 
 
-def vocab_size(tokenizer) -> int:
+def vocab_size(tokenizer: Tokenizer) -> int:
     """V, the highest id + 1 (added tokens included; ids may have gaps)."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def fingerprint(tokenizer) -> str:
+def fingerprint(tokenizer: Tokenizer) -> str:
     """Hex digest of all that decides which ids a text gets: equal for a tokenizer and its saved copy."""
     backend = _backend(tokenizer)
     if backend is not None:
@@ -120,7 +138,7 @@ def fingerprint(tokenizer) -> str:
     return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str], parse_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> their ids end to end, int32 [total], and the length of each, int64 [len(texts)].
 
     Nothing is added: no BOS, no EOS. With `parse_special=False` a text that happens to contain `<|endoftext|>` is
@@ -140,7 +158,7 @@ def encode(tokenizer, texts: Sequence[str], parse_special: bool = False) -> tupl
     return result if parse_special else _without_control(tokenizer, texts, *result)
 
 
-def encode_part(tokenizer, text: str, inside: bool) -> np.ndarray:
+def encode_part(tokenizer: Tokenizer, text: str, inside: bool) -> np.ndarray:
     """The ids of a part of a text, int32 [n]. `inside`: it does not begin the text, so it gets no blank (or mark of a
     word's beginning) that it does not have, which many tokenizers put at the start.
 
@@ -162,7 +180,7 @@ def encode_part(tokenizer, text: str, inside: bool) -> np.ndarray:
     return plain
 
 
-def _batch_encoder(tokenizer, parse_special: bool):
+def _batch_encoder(tokenizer: Tokenizer, parse_special: bool) -> Callable[[Sequence[str]], Iterable[list[int]]]:
     """A function list of texts -> lists of ids, made when they are asked for."""
     backend = _backend(tokenizer)
     if backend is None:
@@ -173,16 +191,18 @@ def _batch_encoder(tokenizer, parse_special: bool):
     if not parse_special:
         return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
 
-    def with_guards(batch: Sequence[str]):
-        plain = [text if _GUARD not in text else "" for text in batch]
+    def with_guards(batch: Sequence[str]) -> Iterator[list[int]]:
+        plain = [text if not is_guarded(text) else "" for text in batch]
         found = backend.encode_batch_fast(plain, add_special_tokens=False)
         for text, encoding in zip(batch, found, strict=True):
-            yield encoding.ids if _GUARD not in text else _spell(tokenizer, text)
+            yield encoding.ids if not is_guarded(text) else spell(tokenizer, backend, text)
 
     return with_guards
 
 
-def _all_or_error(tokenizer, encode_batch, batch: Sequence[str]):
+def _all_or_error(
+    tokenizer: Tokenizer, encode_batch: Callable[[Sequence[str]], Iterable[list[int]]], batch: Sequence[str]
+) -> Iterator[list[int]]:
     """The ids of each text. The Rust library raises plain exceptions, for example without token for unknown words."""
     try:
         yield from encode_batch(batch)
@@ -194,65 +214,15 @@ def _all_or_error(tokenizer, encode_batch, batch: Sequence[str]):
                 list(encode_batch([text]))
             except Exception as reason:
                 raise UserError(
-                    f"the tokenizer {_name(tokenizer)} cannot write the text {unguarded(tokenizer, text)[:60]!r}: "
+                    f"the tokenizer {name_of(tokenizer)} cannot write the text {unguarded(tokenizer, text)[:60]!r}: "
                     f"{reason}; give a --tokenizer_path that has a token for what is unknown"
                 ) from reason
-        raise UserError(f"the tokenizer {_name(tokenizer)} failed: {error}") from error
+        raise UserError(f"the tokenizer {name_of(tokenizer)} failed: {error}") from error
 
 
-def _name(tokenizer) -> str:
-    return repr(tokenizer.name_or_path or "(trained here)")
-
-
-# ---- control tokens that texts spell ----
-
-
-def control_tokens(tokenizer) -> dict[str, int]:
-    """Names and ids of the tokens that mean something beyond their characters: the end of a text, a chat's turns, …
-
-    The one for unknown words is none of them, unless it is also the end of a text.
-    """
-    return _control_tokens(tokenizer, len(tokenizer), tokenizer.eos_token)
-
-
-@lru_cache(maxsize=4)
-def _control_tokens(tokenizer, _number: int, _end: str) -> dict[str, int]:
-    """Found once for a tokenizer, until it gets others."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    tokens = {str(token): number for number, token in added.items() if token.special}
-    tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    for unknown in (tokenizer.unk_token, getattr(getattr(backend, "model", None), "unk_token", None)):
-        if unknown is not None and unknown != tokenizer.eos_token:
-            tokens.pop(unknown, None)
-    return tokens
-
-
-def guarded(tokenizer, content: str) -> str:
-    """What goes into a chat template as someone's words: names of control tokens in it stay text when the whole is
-    encoded with `parse_special`. Unchanged where it holds none."""
-    names = list(control_tokens(tokenizer))
-    return _pattern(tuple(names)).sub(lambda match: _secret(names.index(match[0])), content) if names else content
-
-
-def unguarded(tokenizer, text: str) -> str:
-    """A text with `guarded` parts as people read it."""
-    if _GUARD not in text:
-        return text
-    names = list(control_tokens(tokenizer))
-    return _SECRET.sub(lambda match: names[int(match[1])], text)
-
-
-def _secret(number: int) -> str:
-    return f"{_GUARD}x{number}x"
-
-
-@lru_cache(maxsize=8)
-def _pattern(names: tuple[str, ...]) -> re.Pattern:
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
-
-
-def _without_control(tokenizer, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray):
+def _without_control(
+    tokenizer: Tokenizer, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The ids with no control token among them. Vocabularies of whole pieces (Unigram, WordLevel) hold their names as
     pieces of text too: the texts in which one was found are spelt again without these."""
     control = np.fromiter(control_tokens(tokenizer).values(), np.int32)
@@ -262,57 +232,16 @@ def _without_control(tokenizer, texts: Sequence[str], ids: np.ndarray, lengths: 
     ends = np.cumsum(lengths)
     parts = np.split(ids, ends[:-1])
     for i in np.unique(np.searchsorted(ends, forged, side="right")):
-        parts[i] = np.array(_spell(tokenizer, texts[i], plain=True), dtype=np.int32)
+        parts[i] = np.array(spell(tokenizer, _backend(tokenizer), texts[i], plain=True), dtype=np.int32)
         if tokenizer.eos_token_id in parts[i]:
             raise UserError(
-                f"the tokenizer {_name(tokenizer)} writes words that it does not know as {tokenizer.eos_token!r}, its "
-                f"end-of-text token; one is in the text {texts[i][:60]!r}: use a tokenizer with another token for them"
+                f"the tokenizer {name_of(tokenizer)} writes words that it does not know as {tokenizer.eos_token!r}, "
+                f"its end-of-text token; one is in the text {texts[i][:60]!r}: use a tokenizer with another for them"
             )
     return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 
 
-def _spell(tokenizer, text: str, plain: bool = False) -> list[int]:
-    """The ids of one text by a copy of the tokenizer whose control tokens go by names that no text can hold.
-
-    `plain`: nothing in the text is a control token; otherwise what is not `guarded` is.
-    """
-    names = tuple(control_tokens(tokenizer))
-    backend = _backend(tokenizer)
-    if backend is None:
-        raise UserError(
-            f"the tokenizer {_name(tokenizer)} cannot keep the name of a control token as text, in "
-            f"{unguarded(tokenizer, text)[:60]!r}: leave that text out, or use a tokenizer with a tokenizer.json"
-        )
-    if not plain:
-        marked = _pattern(names).sub(lambda match: f"{_CONTROL}x{names.index(match[0])}x", text)
-        text = unguarded(tokenizer, marked)
-    return _renamed(backend.to_str(), names).encode(text, add_special_tokens=False).ids
-
-
-@lru_cache(maxsize=2)
-def _renamed(definition: str, names: tuple[str, ...]):
-    """A tokenizer like the one that is defined, in which control tokens are called by `_CONTROL` and their number."""
-    from tokenizers import Tokenizer
-
-    new = {name: f"{_CONTROL}x{number}x" for number, name in enumerate(names)}
-    content = json.loads(definition)
-    model = content["model"]
-    for token in content["added_tokens"]:
-        token["content"] = new.get(token["content"], token["content"])
-    if model.get("unk_token") in new:  # where it is also the end of a text
-        model["unk_token"] = new[model["unk_token"]]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {new.get(piece, piece): number for piece, number in model["vocab"].items()}
-    else:
-        model["vocab"] = [[new.get(piece, piece), score] for piece, score in model["vocab"]]
-    if "merges" in model:
-        pairs = ((pair, pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"])
-        model["merges"] = [pair for pair, parts in pairs if not {"".join(parts), *parts} & new.keys()]
-    content["post_processor"] = None  # it adds control tokens, which is never asked for
-    return Tokenizer.from_str(json.dumps(content))
-
-
-def _backend(tokenizer):
+def _backend(tokenizer: Tokenizer) -> Any:
     """The Rust tokenizer with truncation and padding off (its file may ask for them), or None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -321,7 +250,7 @@ def _backend(tokenizer):
     return backend
 
 
-def _batches(texts: Sequence[str]):
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     """Cuts texts into lists of at most _BATCH_TEXTS texts and about _BATCH_CHARACTERS characters."""
     start, characters = 0, 0
     for i, text in enumerate(texts):
@@ -333,7 +262,7 @@ def _batches(texts: Sequence[str]):
         yield texts[start:]
 
 
-def require_chat_template(tokenizer) -> None:
+def require_chat_template(tokenizer: Tokenizer) -> None:
     """Raises UserError when the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -343,7 +272,7 @@ def require_chat_template(tokenizer) -> None:
         )
 
 
-def chat_format(tokenizer, messages: Sequence[tuple[str, str]]) -> tuple[str, str]:
+def chat_format(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """A conversation as (role, content) in the chat template: (all up to where the assistant's last message begins,
     the rest), with `guarded` contents.
 
@@ -363,23 +292,23 @@ def chat_format(tokenizer, messages: Sequence[tuple[str, str]]) -> tuple[str, st
     return opening, reply
 
 
-def chat_prompt(tokenizer, prompt: str) -> str:
+def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     """A prompt in the tokenizer's chat template, up to where the assistant speaks."""
     return _rendered(tokenizer, [("user", prompt)], add_generation_prompt=True)
 
 
-def _rendered(tokenizer, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
+def _rendered(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
     written = [{"role": role, "content": guarded(tokenizer, content)} for role, content in messages]
     try:
-        return tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return str(tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as error:  # templates raise what they like, for example for a role that they do not know
         roles = ", ".join(role for role, _ in messages)
         raise RefusedConversation(
-            f"the chat template of {_name(tokenizer)} refuses a conversation of {roles}: {error}"
+            f"the chat template of {name_of(tokenizer)} refuses a conversation of {roles}: {error}"
         ) from error
 
 
-def encode_prompt(tokenizer, prompt: str, use_chat_template: bool = False) -> np.ndarray:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, use_chat_template: bool = False) -> np.ndarray:
     """The ids of a prompt as training saw them: int32 [m]."""
     if use_chat_template:
         require_chat_template(tokenizer)

@@ -33,7 +33,7 @@ from ds_tokimg.training.objective import TrainingLoss
 class Parts:
     """Everything of a run but the engine."""
 
-    tokenizer: object
+    tokenizer: tokenizers.Tokenizer
     text_format: TextFormat
     layout: PatchLayout
     train_set: TokenImageDataset

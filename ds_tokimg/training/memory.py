@@ -155,7 +155,7 @@ def checkpoint_bytes(footprint: Footprint, stage: int) -> int:
     readable = 4 * (1 + averages)
     masters = 1 if stage else 0
     engine = (footprint.width if stage < 3 else 0) + 4 * (masters + footprint.moments + averages)
-    return size * (readable + engine)
+    return int(size * (readable + engine))
 
 
 @contextlib.contextmanager
@@ -168,11 +168,11 @@ def empty_weights() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_empty
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]  # put back below
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def activation_bytes(module: nn.Module, small: dict, large: dict, precision: str) -> tuple[int, int]:

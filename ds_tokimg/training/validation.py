@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_tokimg.data.batch import blocks_of, fill_canvas, stagger
+from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.rng import Stream, generator, low_discrepancy
 from ds_tokimg.diffusion.levels import SamplingPath
 from ds_tokimg.diffusion.path import timestep_of_log_snr
@@ -19,7 +20,7 @@ from ds_tokimg.tokens.layout import PatchLayout
 class ValidationBatches:
     """Batches of texts of similar length, with noise that is fixed for each text. Arguments as of `estimate_bound`."""
 
-    dataset: object
+    dataset: TokenImageDataset
     layout: PatchLayout
     path: SamplingPath
     seed: int = 0

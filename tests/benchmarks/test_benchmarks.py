@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import learning
-from benchmarks.learning import autoregressive_curve, compute_gap
+from benchmarks import ROOT, learning
 from benchmarks.lengths import valid_shares
 from benchmarks.levels import rates
 from benchmarks.text import Judge, distinct, entropy
@@ -20,15 +18,14 @@ from ds_tokimg.tokens.codec import TokenCodec
 from tests.support.distributed import run_ranks
 from tests.support.tiny import layout_of, tiny_model
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = {
-    "efficiency.py": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
-    "overhead.py": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
-    "lengths.py": "--repetitions 1 --data_path {text}",
-    "precision.py": "--model JiT-XS/8 --images 16 --repetitions 1",
-    "startup.py": "--repetitions 1 --data_path {text}",
-    "growth.py": "--parts corpus --megabytes 0.1 0.2",
-    "data.py": "--megabytes 0.2 --repetitions 1",
+    "efficiency": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
+    "overhead": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
+    "lengths": "--repetitions 1 --data_path {text}",
+    "precision": "--model JiT-XS/8 --images 16 --repetitions 1",
+    "startup": "--repetitions 1 --data_path {text}",
+    "growth": "--parts corpus --megabytes 0.1 0.2",
+    "data": "--megabytes 0.2 --repetitions 1",
 }
 
 
@@ -79,23 +76,10 @@ def test_every_script_prints_its_tables(script, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join((ROOT / "data" / "web_narrative.txt").read_text().splitlines(keepends=True)[:200]))
     flags = SCRIPTS[script].format(text=text).split()
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *flags], capture_output=True, text=True)
+    command = [sys.executable, "-m", f"benchmarks.{script}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("# ") and "|---|" in done.stdout
-
-
-def test_compute_gap_is_read_off_the_reference_at_equal_bits():
-    def row(positions, bits, system="autoregressive", corpus="text", settings=()):
-        bits = {"0": {"bits_per_byte": bits}}
-        return {"system": system, "corpus": corpus, "set": settings, "positions": positions, "bits": bits}
-
-    rows = [row(100, 4.0), row(400, 2.0), row(400, 3.0), row(800, 2.5), row(50, 1.0, "ours"), row(50, 1.0, corpus="-")]
-    rows += [row(50, 1.0, settings=["lr=1"]), row(200, 2.0, "autoregressive, shift")]
-    curve = autoregressive_curve(rows, "text")
-    assert curve == [(100, 4.0), (400, 2.0)]  # the best of equal budgets; more compute that did not help is left out
-    assert autoregressive_curve(rows, "text", "autoregressive, shift") == [(200, 2.0)]
-    assert compute_gap(600, 3.0, curve) == "3.0"  # between 100 and 400, in the logarithm: at 200
-    assert compute_gap(600, 4.5, curve) == "> 6.0" and compute_gap(600, 1.5, curve) == "< 1.5"
+    assert done.stdout.startswith("# ") and f"`python -m benchmarks.{script}" in done.stdout and "|---|" in done.stdout
 
 
 def test_word_salad_and_repetition_are_told_from_text():
@@ -125,15 +109,15 @@ def test_the_levels_of_an_untrained_model_add_up_to_the_whole_vocabulary(block_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "optimizer"), [("ours", "Muon"), ("autoregressive", "AdamW")])
+@pytest.mark.parametrize(("system", "optimizer"), [("left-to-right", "Muon"), ("autoregressive", "AdamW")])
 def test_learning_trains_measures_and_writes_texts(system, optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "RESULTS", tmp_path / "rows.jsonl")
     flags = ["--system", system, "--positions", "4000", "--batch", "2", "--levels", "1", "--texts", "2"]
     flags += ["--optimizer", optimizer]
-    monkeypatch.setattr(sys, "argv", ["learning.py", *flags, "--write", str(tmp_path / "texts")])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.learning", *flags, "--write", str(tmp_path / "texts")])
     learning.main()
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert set(row["bits"]) == ({"1", "1, one step"} if system == "ours" else {"0"})
+    assert set(row["bits"]) == ({"1", "1, one step"} if system == "left-to-right" else {"0"})
     assert all(5 < figures["bits_per_token"] < 11 for figures in row["bits"].values())
     assert row["positions"] == pytest.approx(4000, rel=0.3)
     written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "texts").iterdir()}

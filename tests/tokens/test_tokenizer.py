@@ -10,20 +10,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ds_tokimg.errors import UserError
+from ds_tokimg.tokens.control import control_tokens, guarded, unguarded
 from ds_tokimg.tokens.tokenizer import (
     END_OF_TEXT,
     chat_format,
-    control_tokens,
     encode,
     encode_part,
     encode_prompt,
     ensure_special_tokens,
     fingerprint,
-    guarded,
     load_tokenizer,
     require_chat_template,
     train_tokenizer,
-    unguarded,
     vocab_size,
 )
 

@@ -34,6 +34,9 @@ class CandidateTokens(nn.Module):
     """What posteriors over whole tokens share. Logits are [B, N, K, V], up to a constant a token; `to_tokens` takes the
     hidden state [B, N, C] to the tokens of a patch [B, N, K * token_width]."""
 
+    digit_table: Tensor
+    to_tokens: nn.Module
+
     def __init__(self, codec: TokenCodec, slots: int):
         super().__init__()
         self.slots, self.radix, self.digits_per_token = slots, codec.radix, codec.digits_per_token

@@ -14,6 +14,8 @@ from ds_tokimg.tokens.codec import TokenCodec
 class DigitHead(nn.Module):
     """Posterior over the levels of every digit. Logits are [B, N, K, D, radix]."""
 
+    digit_table: Tensor
+
     def __init__(self, codec: TokenCodec, slots: int, width: int):
         super().__init__()
         self.shape = (slots, codec.digits_per_token, codec.radix)

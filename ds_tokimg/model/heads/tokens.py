@@ -26,10 +26,12 @@ class TokenHead(CandidateTokens):
         nn.init.normal_(self.token_input.weight, std=3.0 if slots == 1 else 0.2)
         nn.init.normal_(self.token_output.weight, std=token_width**-0.5)
         # At first the context says nothing.
-        nn.init.zeros_(self.token_output.weight if is_direct else self.to_tokens.weight)
         nn.init.zeros_(self.token_output.bias)
-        if not is_direct:
+        if isinstance(self.to_tokens, nn.Linear):
+            nn.init.zeros_(self.to_tokens.weight)
             nn.init.zeros_(self.to_tokens.bias)
+        else:
+            nn.init.zeros_(self.token_output.weight)
 
     def features_of(self, evidence: Tensor) -> Tensor:
         """The posterior without context, as input: [B, N, K, token_width]."""

@@ -32,6 +32,19 @@ class TreeHead(CandidateTokens):
     value says of the nearest level in the one and in the other.
     """
 
+    # Tables of the tree, see `_register_tree` and `tokens.tree.Halves`.
+    way: Tensor
+    goes_up: Tensor
+    on_way: Tensor
+    side: Tensor
+    least: Tensor
+    below: Tensor
+    above: Tensor
+    most: Tensor
+    to_node: Tensor
+    to_token: Tensor
+    leads_to: Tensor
+
     def __init__(self, codec: TokenCodec, slots: int, width: int):
         super().__init__(codec, slots)
         token_width = min(width, MAX_TOKEN_WIDTH)
@@ -99,8 +112,8 @@ class TreeHead(CandidateTokens):
         up = up.flatten(0, -2).T  # [V - 1, rows]
         choices = torch.cat([F.logsigmoid(-up), F.logsigmoid(up)])  # lower, then upper
         reached = torch.zeros_like(up)
-        for level in self.node_levels[1:]:
-            level = torch.from_numpy(level).to(up.device)
+        for nodes_of_level in self.node_levels[1:]:
+            level = torch.from_numpy(nodes_of_level).to(up.device)
             choice = self.to_node[level]
             reached[level] = reached[choice % len(up)] + choices[choice]
         tokens = reached[self.to_token % len(up)] + choices[self.to_token]
