@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ds_tokimg.choices import DOCUMENTS
 from ds_tokimg.errors import UserError
 
-DOCUMENTS = ("line", "paragraph", "file")
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 # A text file whose lines are cut at 70 to 80 characters has most of its lines shorter than this, and ending anywhere.

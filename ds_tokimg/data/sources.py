@@ -73,7 +73,7 @@ def find_all(data_paths: str | Path | Sequence[str | Path], options: ReadOptions
     paths = [data_paths] if isinstance(data_paths, str | Path) else list(data_paths)
     if not paths:
         raise UserError("no data path is given")
-    weighted = [_weight_of(str(path)) for path in paths]
+    weighted = [weight_of(str(path)) for path in paths]
     given = [weight is not None for _, weight in weighted]
     if any(given) and not all(given):
         bare = ", ".join(path for path, weight in weighted if weight is None)
@@ -81,7 +81,7 @@ def find_all(data_paths: str | Path | Sequence[str | Path], options: ReadOptions
     return [replace(find(path, options), weight=weight) for path, weight in weighted]
 
 
-def _weight_of(path: str) -> tuple[str, float | None]:
+def weight_of(path: str) -> tuple[str, float | None]:
     """`PATH:WEIGHT` in its parts; a file or folder that is really called so has no weight."""
     match = _WEIGHT.fullmatch(path)
     if match is None or Path(path).expanduser().exists():

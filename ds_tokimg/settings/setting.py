@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from ds_tokimg.errors import nearest
 
+TEXTS = list[str]  # the type of a flag that takes one or more
+
 # What a resumed run does with a setting.
 FIXED = "fixed for the run"  # another value is another run
 MAY_CHANGE = "may change"  # the run's own unless a flag says otherwise
@@ -66,17 +68,26 @@ def type_problem(field: dataclasses.Field, value) -> str | None:
 def value_problem(field: dataclasses.Field, value) -> str | None:
     """What is wrong with a value of the right type, or None."""
     choices, range_ = field.metadata["choices"], field.metadata["range"]
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         return f"choose one of {', '.join(choices)}{nearest(value, choices)}"
     if range_ is not None and value is not None and not range_.holds(value):
         return f"expected {range_.text}"
     return None
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    TEXTS: "text, or a list of texts",
+    bool: "true or false",
+    types.NoneType: "null",
+}
 
 
 def _has_type(value, member: type) -> bool:
+    if member == TEXTS:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
     if member in (int, float):
         return isinstance(value, int if member is int else int | float) and not isinstance(value, bool)
     return isinstance(value, member)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ds_tokimg.data.sources import weight_of
 from ds_tokimg.settings.command_line import flags_of
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.automatic import left_open
@@ -25,14 +26,14 @@ def next_steps(config: TrainConfig, images: int, prompt: str | None) -> dict[str
         prompt: one to answer, of a run whose prompts are conditions.
     """
     folder, program = config.output_dir, program_name()
-    data = config.eval_data_path or config.data_path
+    data = [config.eval_data_path] if config.eval_data_path else [weight_of(path)[0] for path in config.data_path]
     cache = [] if config.cache_dir is None else ["--cache_dir", config.cache_dir]
     written = ["--num_samples", "4"] if prompt is None else ["--prompt", prompt]
     return {
         "TensorBoard": shlex.join(["tensorboard", "--logdir", f"{folder}/tensorboard"]),
         "resume": shlex.join([*program, "train", "--resume", "latest", "--output_dir", folder, *_cut(config)]),
         "generate": shlex.join([*program, "generate", "--checkpoint", folder, *written]),
-        "evaluate": shlex.join([*program, "evaluate", "--checkpoint", folder, "--data_path", data, *cache]),
+        "evaluate": shlex.join([*program, "evaluate", "--checkpoint", folder, "--data_path", *data, *cache]),
         "scale up": shlex.join(["deepspeed", "--module", "ds_tokimg", "train", *larger_run(config, images)]),
     }
 
