@@ -22,6 +22,7 @@ from ds_tokimg.inference.sampler import SamplingOptions
 # Bytes are the tokens, one a patch; an answer is up to three digits and the end of the text.
 RECIPE = ["--model", "JiT-XS/2", "--token_size", "2", "--vocab_size", "257", "--max_tokens", "16"]
 RECIPE += ["--enable_condition", "--no_packing", "--epochs", "20", "--train_batch_size", "128", "--lr", "3e-3"]
+RECIPE += ["--timesteps", "band"]
 RECIPE += ["--eval_interval", "100000", "--save_interval", "100000", "--num_samples", "0"]
 
 

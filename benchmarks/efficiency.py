@@ -21,7 +21,6 @@ from benchmarks import ROOT
 from benchmarks.timing import print_row, print_table, print_title, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of
 from ds_tokimg import recipes
-from ds_tokimg.model.flops import train_flops
 from ds_tokimg.settings.command_line import recipe_values
 from ds_tokimg.settings.config import TrainConfig
 
@@ -54,7 +53,7 @@ def print_share(name: str, batch: int, tokens: int, repetitions: int) -> None:
     config = TrainConfig(data_path="-", batch_size=batch, **options)
     engine = engine_of(config)
     micro_batch = batch_of(engine.module, config, [tokens] * batch)
-    flops = train_flops(engine.module.model, micro_batch)
+    flops = engine.module.flops(micro_batch)
     left, right, result = (torch.randn(SIZE, SIZE) for _ in range(3))
     rivals = {
         "products": lambda: torch.mm(left, right, out=result),

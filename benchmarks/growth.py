@@ -53,7 +53,6 @@ def print_models(repetitions: int) -> None:
 def print_growth(title: str, unit: str, models: dict[int, tuple[str, int]], repetitions: int) -> None:
     """`models`: {what grows: (size, images a step)}."""
     from benchmarks.trainer import batch_of, engine_of
-    from ds_tokimg.model.flops import train_flops
     from ds_tokimg.settings.config import TrainConfig
 
     rivals, flops = {}, {}
@@ -61,7 +60,7 @@ def print_growth(title: str, unit: str, models: dict[int, tuple[str, int]], repe
         config = TrainConfig(data_path="-", model=f"JiT-{size}/4", batch_size=images)
         engine = engine_of(config)
         batch = batch_of(engine.module, config, [TOKENS] * images)
-        flops[grown] = train_flops(engine.module.model, batch)
+        flops[grown] = engine.module.flops(batch)
         rivals[grown] = partial(engine.train_batch, [batch])
     seconds = take_turns(rivals, repetitions, warm_up=2)
     print(f"## {title}\n")

@@ -31,18 +31,18 @@ from benchmarks import ROOT
 from benchmarks.references import Autoregressive, MaskedDiffusion, bits
 from ds_tokimg import recipes
 from ds_tokimg.data.order import TrainBatchSampler
+from ds_tokimg.diffusion.writing import Writing
 from ds_tokimg.engine.allocator import keep_freed_memory
 from ds_tokimg.engine.optimizer import average_key, build_optimizer
 from ds_tokimg.engine.ranks import OnlyRank
 from ds_tokimg.inference.sampler import SamplingOptions, sample
 from ds_tokimg.model.config import SIZES
-from ds_tokimg.model.heads.base import draws_in_one_step
 from ds_tokimg.model.heads.tree import TreeHead
 from ds_tokimg.settings.command_line import recipe_values
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import assemble
 from ds_tokimg.training.automatic import peak_learning_rate
-from ds_tokimg.training.bound import bound_of
+from ds_tokimg.training.bound import BoundOptions, bound_of
 
 # The reference system with its first three mistakes put right.
 REPAIRED = {"radix": None, "timesteps": "band", "layout": "patch"}
@@ -90,38 +90,32 @@ class Ours:
         self.maker = parts.batch_maker
 
     def loss(self, indices, step: int, epoch: int, positions) -> tuple[torch.Tensor, float]:
-        self.maker.block_size = self.block_sizes[step % len(self.block_sizes)]
+        block_size = self.block_sizes[step % len(self.block_sizes)]
+        self.maker.packer = dataclasses.replace(self.maker.packer, block_size=block_size)
         batch = self.maker(self.parts.train_set, indices, positions, epoch)
         result = self.module(batch)
         if self.module.schedule is not None:
             self.module.schedule.update(result)
-        computed = batch["ids"].shape[0] * batch["ids"].shape[1]
+        computed = batch.ids.shape[0] * batch.ids.shape[1]
         blocks = self.module.model.blocks
-        if "blocks" in batch:
+        if batch.blocks is not None:
             # The clean ones go through all blocks, but for all of the last one behind their keys and values; the noisy
             # ones through those from `entry` on.
             asked = _parameters(blocks[-1].attention.qkv) / _parameters(blocks[-1])
             computed *= (len(blocks) - 1 + asked + len(blocks[self.module.model.entry :])) / len(blocks)
         if self.module.model.neighbours is not None:
             per_token = _parameters(self.module.model.neighbours) + _parameters(self.module.model.token_mlp)
-            computed += batch["ids"].numel() * per_token / _parameters(blocks)
+            computed += batch.ids.numel() * per_token / _parameters(blocks)
         return result["loss_sum"] / self.module.count(batch), computed
 
     def write(self, count: int, length: int, steps: int | None, eta: float) -> list[list[int]]:
         options = SamplingOptions(steps=steps, block_size=self.block_sizes[0], eta=eta)
         return sample(self.module.model, [length] * count, options)[0]
 
-    def bits(self, block_size: int, levels: int, one_step: bool = False, in_turn: bool = False) -> dict:
-        bound = bound_of(
-            self.module,
-            self.parts.text_format,
-            self.parts.layout,
-            self.parts.eval_set,
-            num_levels=levels,
-            block_size=block_size,
-            one_step=one_step,
-            in_turn=in_turn,
-        )
+    def bits(self, block_size: int, levels: int, many_steps: bool = True) -> dict:
+        writing = self.module.model.writing.asked(block_size, many_steps)
+        options = BoundOptions(num_levels=levels)
+        bound = bound_of(self.module, self.parts.text_format, self.parts.eval_set, writing, options=options)
         return {"bits_per_token": bound.bits_per_token, "bits_per_byte": bound.bits_per_byte}
 
 
@@ -280,15 +274,12 @@ def main() -> None:
     paths = arguments.paths or getattr(system, "block_sizes", [0])
     row["bits"] = {}
     for path in paths:
-        model = system.module.model if isinstance(system, Ours) else None
-        in_turn = model is not None and model.config.in_turn
-        one_step = model is not None and draws_in_one_step(model.head, path, in_turn)
-        if one_step:
-            row["bits"][f"{path}, one step"] = system.bits(path, arguments.levels, True, in_turn)
-        elif in_turn:
-            row["bits"][f"{path}, in turn"] = system.bits(path, arguments.levels, in_turn=True)
+        writing = system.module.model.writing.asked(path) if isinstance(system, Ours) else Writing()
+        if writing.one_step or writing.in_turn:
+            name = "one step" if writing.one_step else "in turn"
+            row["bits"][f"{path}, {name}"] = system.bits(path, arguments.levels, many_steps=False)
         # Of a tree many small steps would cost a softmax at each of them.
-        if not (one_step and model is not None and isinstance(model.head, TreeHead)):
+        if not (writing.one_step and isinstance(system.module.model.head, TreeHead)):
             row["bits"][path] = system.bits(path, arguments.levels)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -38,23 +38,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     bundled = [ROOT / "data" / "definitions.jsonl", ROOT / "data" / "web_narrative.txt"]
     parser.add_argument("--data_path", nargs="+", type=Path, default=bundled, help="texts for the second part")
+    parser.add_argument("--batch", type=int, default=BATCH, help="texts a step of the first part")
     parser.add_argument("--repetitions", type=int, default=7)
     args = parser.parse_args()
     print_title("The cost of a text follows its length")
-    print_times(args.repetitions)
+    print_times(args.batch, args.repetitions)
     print_padding(args.data_path)
     print_equality()
 
 
-def print_times(repetitions: int) -> None:
-    config = TrainConfig(data_path="-", train_batch_size=BATCH)
+def print_times(images: int, repetitions: int) -> None:
+    config = TrainConfig(data_path="-", train_batch_size=images)
     engine = engine_of(config)
-    batches = {n: batch_of(engine.module, config, [n] * BATCH) for n in LENGTHS}
+    batches = {n: batch_of(engine.module, config, [n] * images) for n in LENGTHS}
     rivals = {n: partial(engine.train_batch, [batch]) for n, batch in batches.items()}
     seconds = take_turns(rivals, repetitions, warm_up=2)
-    patches = {n: batch["mask"].any(-1).sum().item() // BATCH for n, batch in batches.items()}
+    patches = {n: batch.mask.any(-1).sum().item() // images for n, batch in batches.items()}
     slope, constant = np.polyfit([patches[n] for n in LENGTHS], [median(seconds[n]) for n in LENGTHS], 1)
-    print(f"## Step time, {config.model}, {BATCH} texts of one length\n")
+    print(f"## Step time, {config.model}, {images} texts of one length\n")
     print_table("tokens a text", "patches a text", "ms a step", "the line", "times cheaper than 4,096 tokens")
     for n in LENGTHS:
         cheaper = [whole / part for whole, part in zip(seconds[LONG], seconds[n], strict=True)]

@@ -17,11 +17,10 @@ import torch
 from benchmarks import ROOT
 from ds_tokimg.commands.evaluate import open_texts
 from ds_tokimg.data.batch import blocks_of
-from ds_tokimg.diffusion.band import bound_range
-from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, timestep_of_log_snr
+from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, bound_range, timestep_of_log_snr
 from ds_tokimg.inference.loading import load_trained
-from ds_tokimg.model.heads.base import draws_in_one_step
-from ds_tokimg.model.prediction import Prediction
+from ds_tokimg.model.context import Patches, TeacherForced, WholeImage
+from ds_tokimg.model.heads.base import Prediction
 from ds_tokimg.training.objective import TrainingLoss
 
 
@@ -29,23 +28,26 @@ from ds_tokimg.training.objective import TrainingLoss
 def rates(trained, texts: list[np.ndarray], log_snrs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Bits a token per unit of log-SNR at each of `log_snrs`: what the model pays, and what it would with what it says
     at pure noise (None where several tokens are drawn at once)."""
-    model, block_size, generator = trained.model, trained.format.block_size, torch.Generator().manual_seed(0)
+    model, generator = trained.model, torch.Generator().manual_seed(0)
+    writing = model.writing
     ids, mask = trained.layout.pack(texts)
     clean = TrainingLoss(model, trained.format.objective).colours(ids)
-    context = (clean, blocks_of(ids.shape[1], block_size)) if block_size else None
+    seen = WholeImage()
+    if writing.block_size:
+        seen = TeacherForced(clean, blocks_of(ids.shape[1], writing.block_size))
 
     def at(timestep: torch.Tensor) -> tuple[Prediction, torch.Tensor | None]:
         """The prediction, and what the noisy values say by themselves."""
         t = timestep.float().expand(len(clean))
         noisy = add_noise_to_timestep(clean, t, torch.randn(clean.shape, generator=generator))[0]
         alone = model.head.log_likelihood(noisy, *alpha_sigma(t[:, None])) if in_one_step else None
-        return model.predict(noisy, t, mask, context=context), alone
+        return model.predict(Patches(noisy, t, mask), seen), alone
 
     def rate(prediction: Prediction, log_snr: float) -> float:
         error = ((prediction.clean - clean) ** 2).unflatten(-1, (model.slots, -1)).sum(-1) * mask
         return float(0.5 * math.exp(log_snr) * error.sum() / mask.sum() / math.log(2))
 
-    in_one_step = draws_in_one_step(model.head, block_size)
+    in_one_step = writing.one_step and not writing.in_turn
     if in_one_step:
         prediction, alone = at(torch.tensor(START))
         said = prediction.logits - alone

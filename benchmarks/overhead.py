@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.timing import print_row, print_table, print_title, ratios, spread, take_turns
 from benchmarks.trainer import batch_of, engine_of, join, module_of, settings_of
+from ds_tokimg.data.batch import Batch
 from ds_tokimg.engine.engine import TrainEngine
 from ds_tokimg.engine.optimizer import build_optimizer
 from ds_tokimg.settings.config import TrainConfig
@@ -33,7 +34,7 @@ class PlainLoop:
         self.optimizer = build_optimizer(self.module.parameters(), settings_of(config)["optimizer"], config.ema_decay)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 1000)
 
-    def step(self, batch: dict[str, torch.Tensor]) -> float:
+    def step(self, batch: Batch) -> float:
         loss = self.module(batch)["loss_sum"] / self.module.count(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)

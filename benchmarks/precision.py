@@ -154,7 +154,7 @@ def work(model: str, images: int, img_size: int, blocks: dict) -> None:
     """Takes a step for every line of the standard input."""
     from benchmarks.trainer import batch_of, engine_of
     from ds_tokimg.errors import UserError
-    from ds_tokimg.model.flops import matmul_peak, train_flops
+    from ds_tokimg.model.flops import matmul_peak
     from ds_tokimg.settings.config import TrainConfig
 
     config = TrainConfig(
@@ -169,7 +169,7 @@ def work(model: str, images: int, img_size: int, blocks: dict) -> None:
     engine.train_batch([batch_of(module, config, [1] * images)]).sums  # noqa: B018 (waits for an accelerator)
     before = memory(device)
     batch = batch_of(module, config, [img_size**2] * images)
-    ready = {"device": device.type, "flops": train_flops(module.model, batch) / images}
+    ready = {"device": device.type, "flops": module.flops(batch) / images}
     print(json.dumps(ready | {"products": matmul_peak(device, engine.compute_dtype)}), flush=True)
     for _ in sys.stdin:
         engine.train_batch([batch]).sums  # noqa: B018

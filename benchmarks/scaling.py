@@ -209,18 +209,16 @@ def make_engine(dist, stage: int):
 
 def describe_large(dist) -> dict:
     """JiT-B/4 on a large micro-batch of full images: parameters and operations a step."""
-    import torch
-
-    from ds_tokimg.model.flops import train_flops
+    from ds_tokimg.model.flops import BatchShape, train_flops
     from ds_tokimg.model.jit import JiT
     from ds_tokimg.tokens.codec import TokenCodec
     from ds_tokimg.training.memory import empty_weights
 
     with empty_weights():
         model = JiT.from_name("JiT-B/4", TokenCodec(151_643))
-    batch = {"ids": torch.empty(LARGE_MICRO_BATCH, model.num_patches, model.slots), "t": torch.empty(LARGE_MICRO_BATCH)}
+    shape = BatchShape(LARGE_MICRO_BATCH, model.num_patches, prompt=None, levels=1, from_left=False)
     parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": parameters, "tensors": len(list(model.parameters())), "flops": train_flops(model, batch)}
+    return {"parameters": parameters, "tensors": len(list(model.parameters())), "flops": train_flops(model, shape)}
 
 
 # ---- the model ----

@@ -52,8 +52,13 @@ NAMES = {
 # Bits per token of a model that knows how often each token occurs, and nothing else.
 UNIGRAM = {"web_narrative": 8.36, "python": 8.60}
 BUDGETS = (("web_narrative", 0.25), ("web_narrative", 0.5), ("web_narrative", 1), ("python", 1), ("python", 4))
-# The one setting in which the rows called `plain` were the recipe, beside their learning rate.
-AT_ONCE = (["timesteps=entropic"], 0.006)
+# Rows from before recipes were files: the recipe that they became, and the settings that were not yet its defaults.
+FORMER: dict[str, tuple[str, list[str]]] = {
+    "ours": ("left-to-right", []),
+    "plain": ("at-once", ["timesteps=entropic"]),
+}
+# Peak learning rates of recipes and references, where they are not 3e-3.
+LEARNING_RATES = {"at-once": 6e-3}
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,9 @@ class Row:
     @property
     def recipe(self) -> str | None:
         """The recipe or reference that the row measures; None for a trial of something else."""
+        name, settings = FORMER.get(self.system, (self.system, []))
         usual = not self.note and self.optimizer == "AdamW" and self.weights == "ema"
-        if self.system in ("plain", "at-once"):
-            named = self.system == "at-once" and not self.settings
-            return "at-once" if usual and (named or (self.settings, self.lr) == AT_ONCE) else None
-        if not usual or self.settings or self.lr != 3e-3:
-            return None
-        return {"ours": "left-to-right"}.get(self.system, self.system)
+        return name if usual and self.settings == settings and self.lr == LEARNING_RATES.get(name, 3e-3) else None
 
     @property
     def teraflops(self) -> float:
@@ -214,7 +215,8 @@ def vocabularies(rows: list[Row]) -> str:
 def settings_of(row: Row) -> str:
     """What differs from the system's usual settings."""
     settings = list(row.settings)
-    for name, value, usual in (("lr", row.lr, 3e-3), ("optimizer", row.optimizer, "AdamW")):
+    rate = LEARNING_RATES.get(row.system, 3e-3)
+    for name, value, usual in (("lr", row.lr, rate), ("optimizer", row.optimizer, "AdamW")):
         settings += [f"{name}={value}"] if value != usual else []
     settings += [f"weights={row.weights}"] if row.weights != "ema" else []
     return " ".join(settings) + (f" ({row.note})" if row.note else "")

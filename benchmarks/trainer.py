@@ -8,14 +8,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ds_tokimg.data.batch import BatchMaker
+from ds_tokimg.data.batch import Batch, BatchMaker, BatchPacker, Draws
 from ds_tokimg.engine.allocator import keep_freed_memory
 from ds_tokimg.engine.engine import TrainEngine, init_distributed, machine_capabilities
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens.codec import TokenCodec
-from ds_tokimg.tokens.layout import PatchLayout
 from ds_tokimg.training.assemble import in_turn_share
 from ds_tokimg.training.objective import TrainingLoss
 
@@ -52,7 +51,7 @@ def module_of(config: TrainConfig) -> TrainingLoss:
     """Model and objective with random weights, for random texts of the config's vocabulary."""
     torch.manual_seed(0)
     codec = TokenCodec(config.vocab_size, config.token_size)
-    names = ("activation_checkpointing", "posterior", "noisy_depth")
+    names = ("activation_checkpointing", "posterior", "noisy_depth", "block_size")
     options = {name: getattr(config, name) for name in names}
     model = JiT.from_name(config.model, codec, config.img_size, in_turn=None, **options)
     return TrainingLoss(model, config.objective, config.timesteps)
@@ -66,18 +65,11 @@ def engine_of(config: TrainConfig, **blocks) -> TrainEngine:
 
 def maker_of(module: TrainingLoss, config: TrainConfig) -> BatchMaker:
     model = module.model
-    layout = PatchLayout(model.codec, model.config.img_size, model.config.patch_size, model.config.layout)
-    return BatchMaker(
-        layout,
-        module.timesteps,
-        config.seed,
-        patch_noise=config.patch_noise,
-        block_size=config.block_size,
-        in_turn=in_turn_share(config, model),
-    )
+    draws = Draws(patch_noise=config.patch_noise, in_turn=in_turn_share(config, model))
+    return BatchMaker(BatchPacker(model.layout, model.writing.block_size), module.timesteps, config.seed, draws)
 
 
-def batch_of(module: TrainingLoss, config: TrainConfig, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+def batch_of(module: TrainingLoss, config: TrainConfig, lengths: Sequence[int]) -> Batch:
     """One micro-batch of random texts of these lengths, as the loader makes them."""
     texts, indices = Texts(module.model.codec.vocab_size, lengths), np.arange(len(lengths))
     return maker_of(module, config)(texts, indices, indices, epoch=0)

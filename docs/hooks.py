@@ -17,10 +17,12 @@ sys.path.insert(0, str(ROOT / "docs"))
 import generate  # noqa: E402
 
 RESULTS = "benchmarks/results/"
-ELSEWHERE = {"benchmarks/README.md": "measured/index.md", "CHANGELOG.md": "changelog.md"}
-# Where a file of the repository is not a page of the site.
-REPOSITORY = "repository"
-LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
+ELSEWHERE = {
+    "benchmarks/README.md": "measured/index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
+LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,8 +48,7 @@ def relinked(text: str, source: str, target: str, places: dict[str, str]) -> str
         file = (ROOT / source).parent.joinpath(found[2]).resolve().relative_to(ROOT).as_posix()
         there = places.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else None)
         if there is None:
-            return found[0]
-        depth = "../" * target.count("/")
-        return f"{found[1]}{depth}{there}{found[3] or ''}{found[4]}"
+            return found[1]
+        return f"[{found[1]}]({'../' * target.count('/')}{there}{found[3] or ''})"
 
     return LINK.sub(moved, text)

@@ -9,4 +9,6 @@ PALETTES = ("id", "semantic")  # which token gets which colour
 HEADS = ("posterior", "linear")  # what the network's output is
 POSTERIORS = ("auto", "tokens", "digits", "tree")  # what the posterior head is over
 OBJECTIVES = ("ce", "elbo", "mse")
+SAMPLERS = ("ancestral", "euler", "heun")
+WEIGHTS = ("ema", "trained")  # averaged ones, or those of the last step
 TIMESTEPS = ("band", "uniform", "entropic", "noisy")  # where noise levels are drawn in training

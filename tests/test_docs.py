@@ -103,7 +103,8 @@ def test_tables_are_those_of_the_data(page):
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    for module in ("material", "mkdocstrings"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
         cwd=ROOT,

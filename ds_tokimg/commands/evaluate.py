@@ -5,35 +5,40 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ds_tokimg.data.dataset import TokenImageDataset
-from ds_tokimg.data.text_format import absolute, dataset_of
+from ds_tokimg.choices import WEIGHTS
 from ds_tokimg.errors import UserError
-from ds_tokimg.inference.loading import WEIGHTS, TrainedModel, load_trained
 from ds_tokimg.settings.command_line import Parser, path
-from ds_tokimg.training.bound import DEFAULT_LEVELS, Bound, bound_of
-from ds_tokimg.training.objective import TrainingLoss
+
+if TYPE_CHECKING:
+    from ds_tokimg.data.dataset import TokenImageDataset
+    from ds_tokimg.inference.loading import TrainedModel
+    from ds_tokimg.training.bound import Bound
 
 SPLITS = ("auto", "eval", "train", "all")
 
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.noise_levels < 1:
+    if arguments.noise_levels is not None and arguments.noise_levels < 1:
         raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
-    if arguments.block_size is not None and arguments.block_size < 0:
-        raise UserError(f"--block_size {arguments.block_size}: 0 (the whole image) or more")
+    from ds_tokimg.inference.loading import load_trained
+    from ds_tokimg.training.bound import DEFAULT_LEVELS, BoundOptions, bound_of
+    from ds_tokimg.training.objective import TrainingLoss
+
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+    try:
+        writing = trained.model.writing.asked(arguments.block_size, arguments.many_steps)
+    except ValueError as error:
+        raise UserError(f"--block_size {arguments.block_size}: {error}") from None
     dataset = open_texts(trained, arguments.data_path, arguments.split, arguments.cache_dir)
     if not len(dataset):
         raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
     module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
-    options = {"num_levels": arguments.noise_levels, "seed": arguments.seed, "device": arguments.device}
-    if arguments.block_size is not None:
-        options["block_size"] = arguments.block_size
-    if arguments.many_steps:
-        options |= {"one_step": False, "in_turn": False}
-    bound = bound_of(module, trained.format, trained.layout, dataset, **options)
+    levels = arguments.noise_levels or DEFAULT_LEVELS
+    options = BoundOptions(num_levels=levels, seed=arguments.seed, device=arguments.device)
+    bound = bound_of(module, trained.format, dataset, writing, options=options)
     for note in dataset.notes:
         print(f"note: {note}")
     report(bound, trained.path, " ".join(arguments.data_path))
@@ -43,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds_tokimg evaluate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ds-tokimg evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="which documents; auto: the held-out ones of the data the run was trained on, else all",
     )
-    add("--noise_levels", type=int, default=DEFAULT_LEVELS, metavar="N", help="levels per text (default: %(default)s)")
+    add("--noise_levels", type=int, metavar="N", help="levels per text (default: as in the validation in training)")
     add(
         "--block_size",
         type=int,
@@ -81,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def open_texts(trained: TrainedModel, data_path, split: str = "auto", cache_dir=None) -> TokenImageDataset:
     """The texts of a path, or of several, as the model's images."""
+    from ds_tokimg.data.text_format import absolute, dataset_of
+
     data_path = [data_path] if isinstance(data_path, str | Path) else list(data_path)
     text_format = trained.format
     if split == "auto":

@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ds_tokimg.choices import WEIGHTS
 from ds_tokimg.errors import UserError
-from ds_tokimg.inference.export import export
-from ds_tokimg.inference.loading import WEIGHTS, load_trained
 from ds_tokimg.settings.command_line import Parser, path
 
 
@@ -20,6 +19,9 @@ def main(argv: list[str]) -> int:
     output = Path(arguments.output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError(f"--output {output} exists and is not empty: choose another folder")
+    from ds_tokimg.inference.export import export
+    from ds_tokimg.inference.loading import load_trained
+
     trained = load_trained(arguments.checkpoint, arguments.weights)
     export(trained, output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e6
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds_tokimg export", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ds-tokimg export", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", type=path, required=True, metavar="DIR", help="a checkpoint, or a run's folder (its best one)")
     add("--output", type=path, required=True, metavar="DIR", help="a new folder")

@@ -6,18 +6,19 @@ import argparse
 import json
 from pathlib import Path
 
+from ds_tokimg.choices import SAMPLERS, WEIGHTS
 from ds_tokimg.errors import UserError
-from ds_tokimg.inference.loading import WEIGHTS, load_trained
-from ds_tokimg.inference.sampler import MAX_STEPS, SAMPLERS, STEPS_PER_TOKEN, SamplingOptions
-from ds_tokimg.inference.texts import generate, infill, read_prompts, save_images, show
+from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
 from ds_tokimg.settings.command_line import Parser, path
 
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
-    prompts = _prompts(arguments)
+    prompts, options = _prompts(arguments), _options(arguments)
+    from ds_tokimg.inference.loading import load_trained
+    from ds_tokimg.inference.texts import generate, infill, save_images, show
+
     trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
-    options = _options(arguments, trained.format.block_size)
     if arguments.infill is not None:
         texts = infill(trained, arguments.infill, options, arguments.num_samples)
     else:
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds_tokimg generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ds-tokimg generate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     defaults = SamplingOptions()
     add(
@@ -88,16 +89,28 @@ def _prompts(arguments) -> list[str | None]:
         raise UserError(f"--num_samples {arguments.num_samples}: at least 1")
     prompts = [arguments.prompt]
     if arguments.prompt_file is not None:
-        prompts = read_prompts(arguments.prompt_file)
+        prompts = _read_prompts(arguments.prompt_file)
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
-def _options(arguments, trained_block_size: int) -> SamplingOptions:
+def _read_prompts(path: str) -> list[str]:
+    """One prompt a line of a UTF-8 file. Lines end in \\n or \\r\\n alone: whatever else breaks lines on a screen is
+    part of a prompt. Raises UserError for a file that cannot be read or holds none."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file {path}: {error}") from None
+    if not text:
+        raise UserError(f"--prompt_file {path}: no prompt in it")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def _options(arguments) -> SamplingOptions:
     try:
         return SamplingOptions(
             steps=arguments.num_inference_steps,
             sampler=arguments.sampler,
-            block_size=trained_block_size if arguments.block_size is None else arguments.block_size,
+            block_size=arguments.block_size,
             guidance_scale=arguments.guidance_scale,
             seed=arguments.seed,
             batch_size=arguments.batch_size,

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
@@ -62,7 +63,8 @@ def _machine(arguments: argparse.Namespace) -> engine_json.Machine:
         raise UserError(f"--memory_gb {arguments.memory_gb}: expected a number above 0")
     if arguments.accelerator is not None:
         return engine_json.Machine(world_size, arguments.accelerator, bf16=True, fp16=arguments.accelerator == "cuda")
-    from ds_tokimg.engine.engine import machine_capabilities
+    with quiet():
+        from ds_tokimg.engine.engine import machine_capabilities
 
     return dataclasses.replace(machine_capabilities(), world_size=world_size)
 
@@ -74,7 +76,7 @@ def as_text(plan: dict) -> str:
     warmup = f", warm-up {schedule['warmup_steps']:,}" if schedule["warmup_steps"] else ""
     lines = [
         f"recipe      {plan['recipe']}",
-        *plan["automatic"],
+        *([f"automatic   {', '.join(plan['automatic'])}"] if plan["automatic"] else []),
         f"data        {data['documents']:,} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens",
         f"images      {data['images']:,} to train on{left_out}, {data['eval_images']:,} held out; "
         f"{data['tokens_per_image']:.1f} of {data['max_tokens']:,} tokens an image",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ds_tokimg.data.batch import Batch
 from ds_tokimg.data.order import TrainBatchSampler, partition
 
 
@@ -27,8 +28,20 @@ class LoadedBatch:
     """
 
     epoch: int
-    micro_batches: list[dict[str, Tensor]]
+    micro_batches: list[Batch]
     wait_seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which micro-batches of a train batch are one rank's, see `partition`."""
+
+    world_size: int = 1
+    rank: int = 0
+    accumulation: int = 1
+
+
+ALL = Part()
 
 
 class BatchLoader:
@@ -37,9 +50,9 @@ class BatchLoader:
     Args:
         dataset: handed on to `collate`.
         sampler: decides the train batches.
-        collate: `collate(dataset, indices, positions, epoch)` -> dict of CPU tensors. `indices` are the
-        samples of a
+        collate: `collate(dataset, indices, positions, epoch)` -> Batch on the CPU. `indices` are the samples of a
             micro-batch (maybe none), `positions` their places in the epoch's order.
+        part: which of the micro-batches are prepared.
         num_workers: threads; 0 prepares each batch when it is asked for.
         ahead: train batches that are kept ready.
         pin_memory: page-locked tensors, from which copies to a GPU are asynchronous.
@@ -49,18 +62,15 @@ class BatchLoader:
         self,
         dataset: Any,
         sampler: TrainBatchSampler,
-        collate: Callable[..., dict[str, Tensor]],
+        collate: Callable[..., Batch],
+        part: Part = ALL,
         *,
-        world_size: int = 1,
-        rank: int = 0,
-        accumulation: int = 1,
         num_workers: int = 2,
         ahead: int = 2,
         pin_memory: bool = False,
     ):
         self.dataset, self.sampler, self.collate = dataset, sampler, collate
-        self.world_size, self.rank, self.accumulation = world_size, rank, accumulation
-        self.num_workers, self.ahead, self.pin_memory = num_workers, ahead, pin_memory
+        self.part, self.num_workers, self.ahead, self.pin_memory = part, num_workers, ahead, pin_memory
 
     def batches(self, first_step: int, last_step: int) -> Iterator[LoadedBatch]:
         """The batches of optimiser steps first_step … last_step-1, counted from 0 over all epochs.
@@ -98,12 +108,12 @@ class BatchLoader:
                 yield epoch, number, indices
                 step += 1
 
-    def _prepare(self, epoch: int, number: int, indices: np.ndarray) -> list[dict[str, Tensor]]:
+    def _prepare(self, epoch: int, number: int, indices: np.ndarray) -> list[Batch]:
         positions = number * self.sampler.train_batch_size + np.arange(len(indices))
-        parts = partition(len(indices), self.world_size, self.accumulation, self.rank)
+        parts = partition(len(indices), self.part.world_size, self.part.accumulation, self.part.rank)
         micro_batches = [self.collate(self.dataset, indices[p], positions[p], epoch) for p in parts]
         if self.pin_memory:
-            micro_batches = [{k: v.pin_memory() for k, v in batch.items()} for batch in micro_batches]
+            micro_batches = [batch.map(Tensor.pin_memory) for batch in micro_batches]
         return micro_batches
 
 

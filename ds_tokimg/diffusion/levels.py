@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_tokimg.diffusion.band import LOG_SNR_MIN, bound_range, information_rate
-from ds_tokimg.diffusion.path import LOG_SNR_START, timestep_of_log_snr
+from ds_tokimg.diffusion.path import LOG_SNR_MIN, LOG_SNR_START, bound_range, information_rate, timestep_of_log_snr
+from ds_tokimg.diffusion.writing import Writing
 
 # Tokens that are drawn in turn are drawn after this share of what a reader without context learns on the way from noise
 # to image: further on, what the network loses at every level costs more than what only the noise tells.
@@ -55,27 +55,26 @@ class NoiseLevels:
 
 @dataclass(frozen=True)
 class SamplingPath:
-    """The way from noise to tokens that is bounded."""
+    """The way from noise to tokens that is bounded, of a text that is written so."""
 
     levels: NoiseLevels
-    one_step: bool
-    in_turn: bool
+    writing: Writing
 
     @property
     def drawn_at(self) -> float | None:
         """The log-SNR where tokens are drawn from what the network says of them; None: they are read at the end."""
-        if self.one_step:
+        if self.writing.one_step:
             return LOG_SNR_START
-        return self.levels.drawn_at if self.in_turn else None
+        return self.levels.drawn_at if self.writing.in_turn else None
 
     @property
     def noisiest(self) -> float:
-        return LOG_SNR_START if self.one_step else LOG_SNR_MIN
+        return LOG_SNR_START if self.writing.one_step else LOG_SNR_MIN
 
     @property
     def share(self) -> float:
         """How much of the noise levels lies before; objective and accuracy of a single step are those of all levels."""
-        return DRAWN_SHARE if self.in_turn and not self.one_step else 1.0
+        return DRAWN_SHARE if self.writing.in_turn and not self.writing.one_step else 1.0
 
     def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """u in [0, 1) -> (log-SNR before tokens are drawn, its sampling density)."""

@@ -11,15 +11,13 @@ in turn, each knowing those before it, `ancestral` does so in every step, and en
 path does. States are float64.
 
 All patches lose their noise together, or, with a block size, one block of patches after another, from left to right:
-what was written before is then read once and remembered.
+what was written before is then read once, into a KV cache.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -31,47 +29,10 @@ from ds_tokimg.data.rng import Stream, generator
 from ds_tokimg.diffusion.levels import DRAWN_SHARE, NoiseLevels
 from ds_tokimg.diffusion.path import START, alpha_sigma, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import RUN
-from ds_tokimg.model.context import Memory
-from ds_tokimg.model.heads.base import draws_in_one_step
+from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
+from ds_tokimg.model.context import KVCache, Patches, WholeImage
+from ds_tokimg.model.heads.base import ChangedPrediction, Prediction
 from ds_tokimg.model.jit import JiT
-from ds_tokimg.model.prediction import ChangedPrediction, Prediction
-from ds_tokimg.tokens.layout import PatchLayout
-
-SAMPLERS = ("ancestral", "euler", "heun")
-MAX_STEPS, STEPS_PER_TOKEN = 64, 4
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample.
-
-    steps: network evaluations, of every block (two a step for `heun`, so half as many steps); None: MAX_STEPS, or, if
-        these are fewer, STEPS_PER_TOKEN for each token of a block; 1 for a block of one token, or of one run of tokens
-        that are drawn in turn, from which `ancestral` draws: the first posterior is already the right one.
-    block_size: patches that are written together, each block after the one before it; 0: the whole image at once.
-    guidance_scale: 1 follows the condition as trained; above 1 exaggerates it (classifier-free guidance, Ho &
-        Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
-    eta: how much of the noise `ancestral` replaces in a step, as a multiple of what q(z_s | z_t, clean) does; at most
-        all of it. The others replace none.
-    """
-
-    steps: int | None = None
-    sampler: str = "ancestral"
-    block_size: int = 0
-    guidance_scale: float = 1.0
-    seed: int = 0
-    batch_size: int = 64
-    eta: float = 3.0
-
-    def __post_init__(self):
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
-        if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
-            raise ValueError("steps and batch_size must be at least 1")
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta is {self.eta}; it must be 0 (no noise is replaced) or more")
-        if self.block_size < 0:
-            raise ValueError("block_size must be 0 (the whole image at once) or more")
 
 
 def timestep_grid(radix: int, steps: int, in_turn: bool = False) -> Tensor:
@@ -123,11 +84,10 @@ class _Walk:
     """One batch on its way from noise to tokens."""
 
     def __init__(self, model, lengths, rows, options, prompts, given):
-        self.model, self.options = model, options
-        config = model.config
+        self.model, self.options, self.writing = model, options, model.writing.asked(options.block_size)
         self.device = next(model.parameters()).device
-        layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
-        self.layout, self.lengths = layout, [lengths[i] for i in rows]
+        self.layout = layout = model.layout
+        self.lengths = [lengths[i] for i in rows]
         _, mask = layout.pack([np.zeros(n, np.int64) for n in self.lengths])
         self.mask = mask.to(self.device)  # [B, N, K]
         self.patches = layout.num_patches(self.lengths)  # [B]
@@ -137,7 +97,7 @@ class _Walk:
         self.fixed_clean = self._colours(self.fixed_ids)  # [B, N, P], meaningful where fixed
         self.positions = torch.arange(self.mask.shape[1], device=self.device).expand(self.mask.shape[:2])
         # With and without the condition: what has been written before the block at hand.
-        self.memories: dict[bool, Memory] = {}
+        self.caches: dict[bool, KVCache] = {}
 
     def _condition(self, prompts):
         ids, mask = self.layout.pack([np.asarray(prompt, np.int64) for prompt in prompts])
@@ -173,7 +133,7 @@ class _Walk:
 
     def run(self) -> tuple[list[list[int]], int]:
         """The texts' ids, and how many colours were no token."""
-        if self.options.block_size:
+        if self.writing.block_size:
             ids, invalid = self._from_left_to_right()
         else:
             ids, invalid = self._denoise()
@@ -184,40 +144,41 @@ class _Walk:
 
     def _from_left_to_right(self) -> tuple[Tensor, Tensor]:
         """Block after block: ids [B, N, K], and which colours were no token."""
-        self._read_condition()
+        self._prefill_condition()
         ids, invalid = self.fixed_ids.clone(), torch.zeros_like(self.mask)
         count = self.mask.shape[1]
-        for start in range(0, count, self.options.block_size):
-            block = self._block(slice(start, start + self.options.block_size))
+        for start in range(0, count, self.writing.block_size):
+            block = self._block(slice(start, start + self.writing.block_size))
             now = slice(start, start + block.mask.shape[1])
             if not (block.fixed | ~block.mask).all():
                 ids[:, now], invalid[:, now] = block._denoise()
             if now.stop < count:
-                self._remember(self._colours(ids[:, now]), self.mask[:, now], self.positions[:, now])
+                self._prefill(self._colours(ids[:, now]), self.mask[:, now], self.positions[:, now])
         return ids, invalid
 
     def _block(self, now: slice) -> _Walk:
-        """The walk of some patches after those that are remembered."""
+        """The walk of some patches after those in the caches."""
         block = copy.copy(self)
         for name in ("mask", "fixed", "fixed_ids", "fixed_clean", "positions"):
             setattr(block, name, getattr(self, name)[:, now])
         block.patches = np.clip(self.patches - now.start, 0, block.mask.shape[1])
         return block
 
-    def _read_condition(self) -> None:
+    def _prefill_condition(self) -> None:
         scale = self.options.guidance_scale
         if self.condition is not None and scale != 0:
-            self.memories[True] = self.model.remember(None, *self.condition, None)
+            self.caches[True] = self.model.empty_cache(self.mask)
+            self.model.prefill(self.caches[True], *self.condition)
         if self.condition is None or scale != 1:
-            self.memories[False] = self.model.empty_memory(self.mask)
+            self.caches[False] = self.model.empty_cache(self.mask)
 
-    def _remember(self, clean: Tensor, mask: Tensor, positions: Tensor) -> None:
-        for given, memory in self.memories.items():
-            self.memories[given] = self.model.remember(memory, clean, mask, positions)
+    def _prefill(self, clean: Tensor, mask: Tensor, positions: Tensor) -> None:
+        for cache in self.caches.values():
+            self.model.prefill(cache, clean, mask, positions)
 
     def _denoise(self) -> tuple[Tensor, Tensor]:
         """From noise to tokens: ids [B, N, K], and bool [B, N, K], the colour is no token."""
-        in_turn = self.options.sampler == "ancestral" and self.model.config.in_turn
+        in_turn = self.options.sampler == "ancestral" and self.writing.in_turn
         grid = timestep_grid(self.model.codec.radix, self._num_steps(), in_turn)
         ancestral = partial(self._ancestral, eta=self.options.eta)
         step: Callable = {"euler": self._euler, "heun": self._heun, "ancestral": ancestral}[self.options.sampler]
@@ -230,10 +191,9 @@ class _Walk:
     def _num_steps(self) -> int:
         steps = self.options.steps
         if steps is None:
-            block = self.options.block_size * self.layout.slots
+            block = self.writing.block_size * self.layout.slots
             steps = min(MAX_STEPS, STEPS_PER_TOKEN * block) if block else MAX_STEPS
-            one_step = draws_in_one_step(self.model.head, self.options.block_size, self.model.config.in_turn)
-            steps = 1 if self.options.sampler == "ancestral" and one_step else steps
+            steps = 1 if self.options.sampler == "ancestral" and self.writing.one_step else steps
         return max(1, steps // 2) if self.options.sampler == "heun" else steps
 
     # ---- predictions ----
@@ -255,10 +215,9 @@ class _Walk:
         levels = levels.masked_fill((self.fixed | ~self.mask).all(-1) & self.fixed.any(-1), 0.0)
         z = torch.where((levels == 0)[..., None], self.fixed_clean.to(z.dtype), z)
         t_in = levels if self.fixed.any() else levels[:, 0]
-        if not self.memories:
-            return self.model.predict(z.float(), t_in, self.mask, condition)
-        memory = self.memories[condition is not None]
-        return self.model.predict(z.float(), t_in, self.mask, positions=self.positions, memory=memory)
+        patches = Patches(z.float(), t_in, self.mask, self.positions)
+        seen = self.caches[condition is not None] if self.caches else WholeImage(condition)
+        return self.model.predict(patches, seen)
 
     def _guide(self, without: Prediction, given: Prediction, scale: float) -> Prediction:
         head = self.model.head

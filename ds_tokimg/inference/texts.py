@@ -44,18 +44,6 @@ def generate(
     return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line of a UTF-8 file. Lines end in \\n or \\r\\n alone: whatever else breaks lines on a screen is
-    part of a prompt. Raises UserError for a file that cannot be read or holds none."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file {path}: {error}") from None
-    if not text:
-        raise UserError(f"--prompt_file {path}: no prompt in it")
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-
-
 def infill(trained: TrainedModel, text: str, options: SamplingOptions, count: int = 1) -> list[dict]:
     """`count` fillings of a text with gaps (`<gap:N>`, N tokens each): dicts as those of `generate`.
 

@@ -13,9 +13,10 @@ are computed but hold padding do count: `padding_fraction` is the share of the w
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_tokimg.model.heads.tree import TreeHead
 from ds_tokimg.model.jit import JiT
@@ -24,16 +25,24 @@ PEAK_SECONDS = 0.2
 _PEAK_SIZE_CPU, _PEAK_SIZE_ELSEWHERE = 1024, 4096
 
 
-def train_flops(model: JiT, batch: dict[str, Tensor]) -> int:
-    """Of the forward and backward of one micro-batch as `TrainingLoss` takes it (only shapes are looked at)."""
-    samples, patches, slots = batch["ids"].shape
-    prompt = batch["condition_ids"].shape[1] if "condition_ids" in batch else 0
-    clean = prompt + (patches if "blocks" in batch else 0)  # a prompt, and the context from left to right
+class BatchShape(NamedTuple):
+    """What of a micro-batch decides how much is computed."""
+
+    samples: int
+    patches: int  # of a text
+    prompt: int | None  # patches of a prompt; None: there are no prompts
+    levels: int  # noise levels of a text: 1, or one a patch
+    from_left: bool  # blocks from left to right, beside clean patches
+
+
+def train_flops(model: JiT, shape: BatchShape) -> int:
+    """Of the forward and backward of one micro-batch as `TrainingLoss` takes it."""
+    samples, patches, slots = shape.samples, shape.patches, model.slots
+    clean = (shape.prompt or 0) + (patches if shape.from_left else 0)
     length = patches + clean
     positions = samples * length
-    # Noise levels: one a sample or one a patch, and one for its condition, which has no noise.
-    levels = samples * (batch["t"].shape[1] if batch["t"].dim() == 2 else 1)
-    times = levels + samples * (("condition_ids" in batch) + ("blocks" in batch))
+    levels = samples * shape.levels
+    times = levels + samples * ((shape.prompt is not None) + shape.from_left)  # what is clean has a level too
     data, hidden = 2, 3  # passes over a product whose input is data, or needs a gradient
 
     def linear(layer: nn.Linear, rows: int, passes: int = hidden) -> int:
@@ -44,7 +53,7 @@ def train_flops(model: JiT, batch: dict[str, Tensor]) -> int:
     flops += linear(model.before_embed, positions)
     flops += linear(model.time_embed.mlp[0], times, data) + linear(model.time_embed.mlp[2], times)
     flops += linear(model.time_embed.modulation, times)
-    entry = model.entry if "blocks" in batch else 0
+    entry = model.entry if shape.from_left else 0
     if entry:
         flops += linear(model.read_embed, samples * patches)
     for index, block in enumerate(model.blocks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from ds_tokimg.data import corpus
-from ds_tokimg.data.batch import BatchMaker
+from ds_tokimg.data.batch import BatchMaker, BatchPacker, Draws
 from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.order import steps_per_epoch
 from ds_tokimg.data.records import ReadOptions
@@ -22,7 +21,9 @@ from ds_tokimg.data.text_format import TextFormat, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.model.config import JiTConfig, config_of_name
+from ds_tokimg.model.files import codec_of
 from ds_tokimg.model.jit import JiT
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
 from ds_tokimg.tokens.codec import TokenCodec
@@ -77,17 +78,9 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
         canvas = int(layout.num_patches([answers.max(initial=1)])[0])
         text_format = TextFormat.of_run(config, tokenizer, canvas)
     module = _module(config, layout.codec, start, dist.device)
-    maker = BatchMaker(
-        layout,
-        module.timesteps,
-        config.seed,
-        patch_noise=config.patch_noise,
-        condition_drop=config.condition_drop if config.enable_condition else None,
-        block_size=config.block_size,
-        canvas=text_format.canvas,
-        eos_id=text_format.eos_id,
-        in_turn=in_turn_share(config, module.model),
-    )
+    packer = BatchPacker(layout, module.model.writing.block_size)
+    draws = draws_of(config, module.model, text_format)
+    maker = BatchMaker(packer, module.timesteps, config.seed, draws)
     return Parts(tokenizer, text_format, layout, train_set, eval_set, module, maker)
 
 
@@ -151,13 +144,19 @@ def _data_sets(config: TrainConfig, text_format: TextFormat, layout: PatchLayout
 def _with_palette(layout: PatchLayout, train_set, dist, resumed: Path | None) -> PatchLayout:
     codec = layout.codec
     if resumed is not None:
-        palette = json.loads((resumed / "model.json").read_text())["codec"]["palette"]
+        palette = _palette_of(resumed)
     else:
         palette = dist.on_first_rank(
             lambda: semantic_palette(train_set.token_stream(), codec.vocab_size, codec.radix, codec.token_size)
         )
     codec = TokenCodec(codec.vocab_size, codec.token_size, codec.radix, palette)
     return PatchLayout(codec, layout.img_size, layout.patch_size, layout.layout)
+
+
+def _palette_of(checkpoint: Path) -> torch.Tensor | None:
+    paths = formats.files_of(checkpoint, formats.MODEL, may_have=[formats.TEXT])
+    model = formats.read_together(paths).files[formats.MODEL]
+    return codec_of(model, paths[formats.MODEL]).palette
 
 
 def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device) -> TrainingLoss:
@@ -167,14 +166,22 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
         size = config_of_name(config.model)
         in_turn = None if config.in_turn is None else config.in_turn > 0
         shape = {"depth": size.depth, "width": size.width, "heads": size.heads, "patch_size": size.patch_size}
-        model = JiT(codec, config.part(JiTConfig, in_turn=in_turn, **shape))
+        model = JiT(codec, config.part(JiTConfig, in_turn=in_turn, **shape), config.block_size)
     except ValueError as error:
         raise UserError(str(error)) from None
     if start is not None:
         _load_initial(model, start, config.init_from)
     if config.compile:
         _compile(model, device)
-    return TrainingLoss(model, config.objective, config.timesteps, config.block_size)
+    return TrainingLoss(model, config.objective, config.timesteps)
+
+
+def draws_of(config: TrainConfig, model: JiT, text_format: TextFormat) -> Draws:
+    """What is drawn of every sample."""
+    own = {"in_turn": in_turn_share(config, model), "canvas": text_format.answers}
+    if not config.enable_condition:
+        own["condition_drop"] = None
+    return config.part(Draws, **own)
 
 
 def in_turn_share(config: TrainConfig, model: JiT) -> float:
@@ -182,7 +189,7 @@ def in_turn_share(config: TrainConfig, model: JiT) -> float:
     if not model.config.in_turn or config.in_turn is not None:
         return config.in_turn or 0.0
     # Patches alone are never drawn otherwise; but the log's bits are those of many small steps (see `TrainingLoss`).
-    return 1.0 if config.block_size == 1 and config.timesteps == "noisy" else 0.75
+    return 1.0 if model.writing.block_size == 1 and config.timesteps == "noisy" else 0.75
 
 
 def _compile(model: JiT, device: torch.device) -> None:

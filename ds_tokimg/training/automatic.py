@@ -16,20 +16,27 @@ from ds_tokimg.settings.engine_schema import AUTO, lookup
 
 # The width for which recipes give their learning rate: that of JiT-XS.
 WIDTH = 192
+# Of the peak, with --init_from.
+FINE_TUNING_SHARE = 0.5
 # Training images for which a recipe's smallest train batch is right: about those of the bundled corpus.
 FEW_IMAGES = 2000
+# Larger ones have not been measured.
+LARGEST_TRAIN_BATCH = 64
 # Shorter schedules hardly leave the warm-up behind.
 SHORT_SCHEDULE = 200
 
 
 def peak_learning_rate(config: TrainConfig) -> float:
-    """The best peak halves as the width doubles (Yang et al., "Tensor programs V", 2022, for the hidden matrices)."""
-    return config.lr_at_width_192 * (WIDTH / config_of_name(config.model).width)
+    """The best peak halves as the width doubles (Yang et al., "Tensor programs V", 2022, for the hidden matrices), and
+    weights that have learnt already want half of it."""
+    share = FINE_TUNING_SHARE if config.init_from else 1.0
+    return share * config.lr_at_width_192 * (WIDTH / config_of_name(config.model).width)
 
 
 def train_batch(config: TrainConfig, images: int) -> int:
-    """Grows with the square root of the number of training images, by powers of two."""
-    return config.smallest_train_batch * 2 ** max(0, round(math.log2(math.sqrt(images / FEW_IMAGES))))
+    """Twice as many texts for four times the training images, up to a bound."""
+    doublings = max(0, math.floor(math.log(images / FEW_IMAGES, 4)))
+    return max(config.smallest_train_batch, min(config.smallest_train_batch * 2**doublings, LARGEST_TRAIN_BATCH))
 
 
 def epochs(config: TrainConfig, images: int, train_batch_size: int) -> int:
@@ -41,7 +48,7 @@ def epochs(config: TrainConfig, images: int, train_batch_size: int) -> int:
 def decide(
     config: TrainConfig, raw: dict, images: int, world_size: int, resumed_train_batch: int | None = None
 ) -> tuple[TrainConfig, list[str]]:
-    """The settings with what was left open filled, and one line that says what was decided and why.
+    """The settings with what was left open filled, and in a few words each what was decided and why.
 
     Args:
         raw: the engine's JSON, whose explicit values are left alone.
@@ -51,7 +58,8 @@ def decide(
     decided = []
     if config.lr is None and lookup(raw, "optimizer.params.lr") in (None, AUTO):
         config = dataclasses.replace(config, lr=peak_learning_rate(config))
-        decided.append(f"lr {config.lr:g} for {config.model}")
+        start = " from trained weights" if config.init_from else ""
+        decided.append(f"lr {config.lr:g} for {config.model}{start}")
     if resumed_train_batch is None and _batch_is_open(config, raw):
         config = dataclasses.replace(config, train_batch_size=train_batch(config, images))
         decided.append(f"train batch {config.train_batch_size} for {images:,} images")
@@ -60,7 +68,7 @@ def decide(
         config = dataclasses.replace(config, epochs=epochs(config, images, size))
         steps = config.epochs * steps_per_epoch(images, size)
         decided.append(f"{config.epochs} epoch(s) for {steps:,} steps")
-    return config, [f"automatic: {', '.join(decided)}"] if decided else []
+    return config, decided
 
 
 def _batch_is_open(config: TrainConfig, raw: dict) -> bool:

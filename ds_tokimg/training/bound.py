@@ -20,17 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ds_tokimg.data.batch import Batch, Canvas
 from ds_tokimg.data.text_format import TextFormat
-from ds_tokimg.diffusion.band import LOG_SNR_MIN, MARGIN
 from ds_tokimg.diffusion.levels import NoiseLevels, SamplingPath
-from ds_tokimg.model.heads.base import draws_in_one_step
+from ds_tokimg.diffusion.path import LOG_SNR_MIN, MARGIN, TimestepSampler
+from ds_tokimg.diffusion.writing import Writing
 from ds_tokimg.tokens.layout import PatchLayout
 from ds_tokimg.training.objective import TrainingLoss
 from ds_tokimg.training.validation import ValidationBatches
@@ -71,65 +72,79 @@ class Bound:
         return float(residual.std(ddof=1) * math.sqrt(len(residual)) / self.tokens.sum())
 
 
+@dataclass(frozen=True)
+class BoundOptions:
+    """How a bound is measured.
+
+    num_levels: noise levels a text is evaluated at, stratified within the text and across texts.
+    seed: of the noise.
+    conditional, canvas: the texts are answers to prompts, on a canvas, see `ValidationBatches`.
+    patches_per_batch: size of the batches that are evaluated.
+    device: where the forward takes its batches.
+    """
+
+    num_levels: int = DEFAULT_LEVELS
+    seed: int = 0
+    conditional: bool = False
+    canvas: Canvas | None = None
+    patches_per_batch: int = 1024
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the texts this rank computes: they are dealt over the ranks. all_reduce: sums a float64 tensor over
+    them."""
+
+    rank: int = 0
+    world_size: int = 1
+    all_reduce: Callable[[Tensor], Tensor] = lambda value: value
+
+
+DEFAULT_OPTIONS, WHOLE = BoundOptions(), Share()
+
+
 def estimate_bound(
-    forward: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    forward: Callable[[Batch], dict[str, Tensor]],
     dataset,
     layout: PatchLayout,
-    *,
-    timesteps,
-    num_levels: int = DEFAULT_LEVELS,
-    seed: int = 0,
-    conditional: bool = False,
-    block_size: int = 0,
-    one_step: bool = False,
-    in_turn: bool = False,
-    canvas: int = 0,
-    eos_id: int = 0,
-    patches_per_batch: int = 1024,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
-    device: torch.device | str = "cpu",
+    timesteps: TimestepSampler,
+    writing: Writing,
+    options: BoundOptions = DEFAULT_OPTIONS,
+    share: Share = WHOLE,
 ) -> Bound:
     """Bounds -log p of every text of a data set.
 
     Args:
-        forward: `TrainingLoss.forward` with per_patch=True (or the engine around it); `one_step` does not need its
-            mean.
-        dataset: has `len`, `.ids(i)`, `.num_bytes`, and `.prompt_ids(i)` when `conditional`.
-        timesteps: the `TimestepSampler` of training; weights the reported objective as training does.
-        num_levels: noise levels a text is evaluated at, stratified within the text and across texts.
-        block_size: 0 bounds the path on which all patches lose their noise together; else that on which blocks of so
-            many patches do so one after another, each seeing the clean ones before it.
-        one_step: every block is drawn in one step from pure noise, instead of many small ones. An upper bound for any
-            model with a posterior; tight where the tokens of a block do not depend on each other, so for one alone.
-        in_turn: many small steps end at the level `NoiseLevels.drawn_at`, where tokens are drawn one
-            after another, runs of them side by side; with `one_step` they are drawn so in this step.
-        canvas: patches that a conditional answer is filled up to (the model does not know its length).
-        patches_per_batch: size of the batches that are evaluated.
-        rank, world_size, all_reduce: texts are dealt over the ranks; all_reduce sums a float64 tensor over them.
+        forward: `TrainingLoss.forward` with per_patch=True (or the engine around it); a bound of one step does not
+            need its mean.
+        dataset: has `len`, `.ids(i)`, `.num_bytes`, and, with `options.conditional`, `.prompt_ids(i)`.
+        timesteps: those of training; weight the reported objective as training does.
+        writing: the path. At once, or block after block, each given the clean ones before it; in many small steps, to
+            the end or to the level `NoiseLevels.drawn_at`, where tokens are drawn in turn; or in one step, which is an
+            upper bound for any model with a posterior, and tight where the step is exact.
 
     All ranks return the same Bound. Raises ValueError for a data set without texts.
     """
     if not len(dataset):
         raise ValueError("there are no validation texts to bound")
-    path = SamplingPath(NoiseLevels.of(layout.codec.radix), one_step, in_turn)
-    batches = ValidationBatches(dataset, layout, path, seed, block_size, conditional, canvas, eos_id)
+    path, num_levels = SamplingPath(NoiseLevels.of(layout.codec.radix), writing), options.num_levels
+    batches = ValidationBatches(dataset, layout, path, options.seed, options.conditional, options.canvas)
     sums = _Sums(path, timesteps, len(dataset))
 
     @torch.no_grad()
-    def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        result = forward({name: value.to(device) for name, value in batch.items()})
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        result = forward(batch.to(options.device))
         return {name: value.double().cpu() for name, value in result.items()}  # sums per patch [B, N]
 
-    for indices in batches.of_rank(rank, world_size, patches_per_batch):
+    for indices in batches.of_rank(share.rank, share.world_size, options.patches_per_batch):
         for level in range(num_levels):
             log_snr, density = path.quantile((level + batches.offsets(indices)) / num_levels)
             batch = batches.make(indices, log_snr, noise=level)
             sums.add_level(indices, batch, measure(batch), log_snr, density * num_levels)
         if path.drawn_at is not None:
             sums.add_nats(indices, measure(batches.drawn(indices, noise=num_levels))["nats"])
-    sums.reduce(all_reduce)
+    sums.reduce(share.all_reduce)
     pixels = int(batches.scored_tokens.sum()) * layout.codec.token_size**2
     correct, invalid, seen = sums.reading.sum(0).tolist()
     bins = zip(ACCURACY_BINS, ACCURACY_BINS[1:], sums.reading.tolist(), strict=False)
@@ -164,7 +179,7 @@ def _fixed_nats(batches: ValidationBatches, codec) -> np.ndarray:
     """The terms of each text's bound that need no network."""
     nats = np.zeros(len(batches))
     for index in range(len(nats)):
-        colours = codec.codebook[torch.from_numpy(batches.ids(index))]
+        colours = codec.codebook[torch.tensor(batches.ids(index))]
         nats[index] = prior_nats(colours, batches.path.noisiest).sum()
         if batches.path.drawn_at is None:
             nats[index] += colours.numel() * decoding_nats()
@@ -184,14 +199,14 @@ class _Sums:
         """Adds one batch's integrand to its texts. log_snr, weight (density times levels a text): [B, N or 1]."""
         if not len(indices):
             return
-        t = batch["t"].double().view(len(indices), -1)
+        t = batch.t.double().view(len(indices), -1)
         snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
-        if not self.path.one_step:
+        if not self.path.writing.one_step:
             self.add_nats(indices, 0.5 * snr / weight * result["squared_error"])
         # The objective is an average over the training's noise levels: importance weights turn ours into those.
         self.objective[indices] += (self.timesteps.density(t).double() / weight * result["loss"]).sum(1)
         bins = torch.bucketize(t, torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True).expand_as(result["loss"])
-        counts = torch.stack([result["correct"], result["invalid"], batch["mask"].sum(-1).double()], -1)
+        counts = torch.stack([result["correct"], result["invalid"], batch.mask.sum(-1).double()], -1)
         self.reading.index_add_(0, bins.flatten(), counts.flatten(0, 1))
 
     def add_nats(self, indices, nats: Tensor) -> None:
@@ -221,61 +236,49 @@ class _Texts:
 
 
 def bits_per_token(
-    model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVELS, block_size: int = 0, seed: int = 0
+    model, texts, prompts=None, *, num_levels: int = DEFAULT_LEVELS, block_size: int | None = None, seed: int = 0
 ) -> float:
-    """The bound of a model on texts, in bits per token.
+    """The bound of a model on texts, in bits per token, as `generate` would write them.
 
     Args:
         model: a `JiT`.
         texts: lists of token ids (each at most the image's capacity).
         prompts: a list of token ids per text that the model is conditioned on, or None.
         num_levels: noise levels a text is evaluated at; more give a smaller error.
-        block_size: the path of the bound, see `estimate_bound`; in one step where `generate` takes one.
+        block_size: of another path than the model's own, see `Writing`; None: its own.
     """
     from ds_tokimg.training.objective import TrainingLoss
 
-    config = model.config
-    layout = PatchLayout(model.codec, config.img_size, config.patch_size, config.layout)
-    one_step = draws_in_one_step(model.head, block_size, config.in_turn)
     module = TrainingLoss(model, "ce" if model.head.features else "mse")
     was_training = model.training
     model.eval()
-    bound = estimate_bound(
-        lambda batch: module(batch, per_patch=True, with_mean=not one_step),
-        _Texts(texts, prompts),
-        layout,
-        timesteps=module.timesteps,
-        num_levels=num_levels,
-        seed=seed,
-        conditional=prompts is not None,
-        block_size=block_size,
-        one_step=one_step,
-        in_turn=config.in_turn,
-        device=next(model.parameters()).device,
-    )
+    device = next(model.parameters()).device
+    options = BoundOptions(num_levels, seed, conditional=prompts is not None, device=device)
+    bound = _bound(module, _Texts(texts, prompts), model.writing.asked(block_size), module, options, WHOLE)
     model.train(was_training)
     return bound.bits_per_token
 
 
-def bound_of(module: TrainingLoss, text_format: TextFormat, layout, dataset, **options) -> Bound:
-    """The bound of a model on a data set in its text format, as `generate` would write it: in one step where that is
-    exact, tokens in turn where it has learnt that. `forward`: the module, or an engine around it. `options`
-    are those of `estimate_bound`."""
-    block_size = options.pop("block_size", text_format.block_size)
-    in_turn = options.pop("in_turn", module.model.config.in_turn)
-    one_step = options.pop("one_step", None)
-    if one_step is None:
-        one_step = draws_in_one_step(module.model.head, block_size, in_turn)
-    return estimate_bound(
-        partial(options.pop("forward", module), per_patch=True, with_mean=not one_step),
-        dataset,
-        layout,
-        timesteps=module.timesteps,
-        block_size=block_size,
-        one_step=one_step,
-        in_turn=in_turn,
-        conditional=text_format.enable_condition,
-        canvas=text_format.canvas,
-        eos_id=text_format.eos_id,
-        **options,
-    )
+def bound_of(
+    module: TrainingLoss,
+    text_format: TextFormat,
+    dataset,
+    writing: Writing | None = None,
+    forward: Callable | None = None,
+    options: BoundOptions = DEFAULT_OPTIONS,
+    share: Share = WHOLE,
+) -> Bound:
+    """The bound of a model on a data set in its text format, as `generate` would write it.
+
+    Args:
+        writing: another path than the model's own.
+        forward: an engine around the module; None: the module.
+        options: all but what the text format says.
+    """
+    options = replace(options, conditional=text_format.enable_condition, canvas=text_format.answers)
+    return _bound(module, dataset, writing or module.model.writing, forward or module, options, share)
+
+
+def _bound(module: TrainingLoss, dataset, writing: Writing, forward, options: BoundOptions, share: Share) -> Bound:
+    forward = partial(forward, per_patch=True, with_mean=not writing.one_step)
+    return estimate_bound(forward, dataset, module.model.layout, module.timesteps, writing, options, share)

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from ds_tokimg.data.batch import Batch
 from ds_tokimg.data.order import TrainBatchSampler, partition
 from ds_tokimg.engine.muon import hidden_matrices
 from ds_tokimg.engine.ranks import OnlyRank
@@ -39,8 +40,10 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
 
     Raises UserError for everything that would keep the run from starting.
     """
-    # Which colours the tokens get changes no size, and learning them takes time, as does compiling.
-    config = dataclasses.replace(config, palette="id", compile=False)
+    # Which colours the tokens get changes no size, and learning them takes time, as does compiling. Noise levels that
+    # follow the loss need numbers, and a plan has none.
+    timesteps = "band" if config.timesteps == "entropic" else config.timesteps
+    config = dataclasses.replace(config, palette="id", compile=False, timesteps=timesteps)
     with empty_weights():
         parts = assemble(config, OnlyRank(), None)
     config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
@@ -89,7 +92,7 @@ def padding_fraction(parts: Parts, settings: dict, world_size: int) -> float:
         positions = number * size + np.arange(len(indices))
         for rank in range(world_size):
             for part in partition(len(indices), world_size, accumulation, rank):
-                mask = parts.batch_maker(parts.train_set, indices[part], positions[part], 0)["mask"]
+                mask = parts.batch_maker(parts.train_set, indices[part], positions[part], 0).mask
                 valid, places = valid + int(mask.sum()), places + mask.numel()
     return 1 - valid / places
 
@@ -153,6 +156,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: engin
     parameters = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
     moments = _moments(settings["optimizer"], parts.module, parameters)
     parts.module.measure_bound = True  # as in the steps that are logged, which need the most
+    parts.module.schedule = None  # it looks at values, which tensors without data have not; all its sums are small
     small, large = (longest_batch(parts, samples) for samples in (FEW, MANY))
     fixed, per_sample = activation_bytes(parts.module, small, large, _precision(settings))
     return Footprint(
@@ -175,7 +179,7 @@ def _moments(optimizer: dict, module, parameters: int) -> float:
     return MOMENTS[kind] + (optimizer["params"].get("momentum", 0) > 0)
 
 
-def longest_batch(parts: Parts, samples: int) -> dict:
+def longest_batch(parts: Parts, samples: int) -> Batch:
     """A micro-batch of the samples with the most patches, conditions included."""
     train_set, layout = parts.train_set, parts.layout
     patches = layout.num_patches(train_set.lengths) + layout.num_patches(train_set.prompt_lengths)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_tokimg.data.loader import BatchLoader
+from ds_tokimg.data.loader import BatchLoader, Part
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.engine.engine import StepResult, TrainEngine
@@ -19,9 +19,10 @@ from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
 from ds_tokimg.inference.texts import generate, images_of, show
 from ds_tokimg.model.flops import matmul_peak
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import Parts
-from ds_tokimg.training.bound import Bound, bound_of
+from ds_tokimg.training.bound import Bound, BoundOptions, Share, bound_of
 from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
 from ds_tokimg.training.tracking import Tracker
@@ -55,9 +56,7 @@ class Run:
             self.parts.train_set,
             self.sampler,
             self.parts.batch_maker,
-            world_size=self.dist.world_size,
-            rank=self.dist.rank,
-            accumulation=self.engine.accumulation,
+            Part(self.dist.world_size, self.dist.rank, self.engine.accumulation),
             num_workers=self.config.num_workers,
             pin_memory=self.dist.device.type != "cpu",
         )
@@ -130,16 +129,10 @@ class Run:
         parts, engine = self.parts, self.engine.engine
         engine.eval()
         with self.engine.averaged_weights():
+            options = BoundOptions(device=self.dist.device)
+            share = Share(self.dist.rank, self.dist.world_size, self.dist.sum_tensor)
             self.bound = bound_of(
-                parts.module,
-                parts.text_format,
-                parts.layout,
-                parts.eval_set,
-                forward=engine,
-                rank=self.dist.rank,
-                world_size=self.dist.world_size,
-                all_reduce=self.dist.sum_tensor,
-                device=self.dist.device,
+                parts.module, parts.text_format, parts.eval_set, forward=engine, options=options, share=share
             )
         engine.train()
         return {
@@ -163,10 +156,12 @@ class Run:
             "train_batch_size": self.train_batch_size,
             "best": self.best if math.isfinite(self.best) else None,
             "bits_per_token": self.bound.bits_per_token if self.bound else None,
+            "schedule": self.schedule.state() if self.schedule else None,
         }
-        if self.schedule is not None:
-            state["schedule"] = self.schedule.state()
-        texts = {"model.json": self.parts.module.model.description(), "text.json": self.parts.text_format.description()}
+        texts = {
+            formats.MODEL: self.parts.module.model.description(),
+            formats.TEXT: self.parts.text_format.description(),
+        }
         folder = checkpoints.save(
             self.engine, self.config.output_dir, state, texts=texts, best=improved, keep=self.config.keep_checkpoints
         )
@@ -185,8 +180,8 @@ class Run:
         """What the run is: `decided`, what was left open and is now known; `notes`, what its user should know."""
         parts, config = self.parts, self.config
         size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parts.module.parameters())
-        for line in decided:
-            self.log(line)
+        if decided:
+            self.log(f"automatic: {', '.join(decided)}")
         for note in notes:
             self.log(f"note: {note}")
         if resumed:
@@ -200,7 +195,7 @@ class Run:
             f"{self.train_batch_size} = {self.engine.accumulation} micro-batch(es) a rank; "
             f"{self.last_step} of {self.schedule_steps} steps"
         )
-        if parts.module.model.config.in_turn and not parts.module.one_step:
+        if parts.module.told != parts.module.model.writing:
             self.log("bits/token of a step are those of many small steps; validations draw tokens in turn: fewer bits")
 
     def _print(self, row: dict, step: int) -> None:
@@ -239,9 +234,7 @@ class Run:
         """Texts from the last checkpoint as a user would get them, from the averaged weights on the disk."""
         folder = Path(self.config.output_dir) / checkpoints.FOLDER / checkpoints.tag_of(self.saved_step)
         trained = load_trained(str(folder))
-        texts = generate(
-            trained, self._prompts(), SamplingOptions(block_size=self.config.block_size, seed=self.config.seed)
-        )
+        texts = generate(trained, self._prompts(), SamplingOptions(seed=self.config.seed))
         print("\nsamples:")
         show(texts)
         step = self.engine.global_steps

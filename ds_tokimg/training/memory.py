@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_tokimg.data.batch import Batch
 from ds_tokimg.settings.engine_json import CPU_BUCKET_SIZE
 
 STAGES = (0, 1, 2, 3)
@@ -175,7 +176,7 @@ def empty_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def activation_bytes(module: nn.Module, small: dict, large: dict, precision: str) -> tuple[int, int]:
+def activation_bytes(module: nn.Module, small: Batch, large: Batch, precision: str) -> tuple[int, int]:
     """(fixed, per sample) bytes of activations, from two micro-batches of different size.
 
     `module`: built under `empty_weights`, `module(batch) -> {"loss_sum": ...}`; it is used up. Everything that a
@@ -190,17 +191,16 @@ def activation_bytes(module: nn.Module, small: dict, large: dict, precision: str
             # Gradients are counted elsewhere.
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         peaks = [_peak_bytes(module, batch, mode, precision) for batch in (small, large)]
-    few, many = (len(batch["ids"]) for batch in (small, large))
+    few, many = (len(batch.ids) for batch in (small, large))
     per_sample = (peaks[1] - peaks[0]) // (many - few)
     return max(0, peaks[0] - per_sample * few), per_sample
 
 
-def _peak_bytes(module: nn.Module, batch: dict, mode: FakeTensorMode, precision: str) -> int:
-    fake = {name: mode.from_tensor(value) for name, value in batch.items()}
+def _peak_bytes(module: nn.Module, batch: Batch, mode: FakeTensorMode, precision: str) -> int:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "torch_autocast")
     with AllocationCounter() as counter:
         with autocast:
-            loss = module(fake)["loss_sum"]
+            loss = module(batch.map(mode.from_tensor))["loss_sum"]
         loss.backward()
     return counter.peak
 

@@ -27,13 +27,17 @@ def next_steps(config: TrainConfig, images: int, prompt: str | None) -> dict[str
     """
     folder, program = config.output_dir, program_name()
     data = [config.eval_data_path] if config.eval_data_path else [weight_of(path)[0] for path in config.data_path]
-    cache = [] if config.cache_dir is None else ["--cache_dir", config.cache_dir]
+    texts = ["--data_path", *data]
+    if config.eval_fraction == 0 and config.eval_data_path is None:
+        texts += ["--split", "all"]
+    if config.cache_dir is not None:
+        texts += ["--cache_dir", config.cache_dir]
     written = ["--num_samples", "4"] if prompt is None else ["--prompt", prompt]
     return {
         "TensorBoard": shlex.join(["tensorboard", "--logdir", f"{folder}/tensorboard"]),
         "resume": shlex.join([*program, "train", "--resume", "latest", "--output_dir", folder, *_cut(config)]),
         "generate": shlex.join([*program, "generate", "--checkpoint", folder, *written]),
-        "evaluate": shlex.join([*program, "evaluate", "--checkpoint", folder, "--data_path", *data, *cache]),
+        "evaluate": shlex.join([*program, "evaluate", "--checkpoint", folder, *texts]),
         "scale up": shlex.join(["deepspeed", "--module", "ds_tokimg", "train", *larger_run(config, images)]),
     }
 

@@ -6,19 +6,20 @@ gradient does not depend on how the batch was cut up.
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ds_tokimg.choices import OBJECTIVES
-from ds_tokimg.diffusion.path import add_noise_to_timestep
+from ds_tokimg.data.batch import Batch
+from ds_tokimg.diffusion.path import TimestepSampler, add_noise_to_timestep
 from ds_tokimg.diffusion.schedule import EntropicSchedule
-from ds_tokimg.diffusion.timesteps import TimestepSampler
-from ds_tokimg.model.flops import train_flops
-from ds_tokimg.model.heads.base import cross_entropy, draws_in_one_step
+from ds_tokimg.model.context import Drawn, Patches, TeacherForced, WholeImage
+from ds_tokimg.model.flops import BatchShape, train_flops
+from ds_tokimg.model.heads.base import Prediction, cross_entropy
 from ds_tokimg.model.jit import JiT
-from ds_tokimg.model.prediction import Prediction
 
 
 def masked_loss(clean_pred: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
@@ -28,6 +29,13 @@ def masked_loss(clean_pred: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
     """
     squared_error = (clean_pred - clean) ** 2
     return (squared_error * mask[:, None]).sum() / (mask[:, None].sum() + 1e-8)
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    samples, patches, _ = batch.ids.shape
+    prompt = None if batch.prompt is None else batch.prompt.ids.shape[1]
+    levels = patches if batch.t.dim() == 2 else 1
+    return BatchShape(samples, patches, prompt, levels, batch.blocks is not None)
 
 
 class Target(NamedTuple):
@@ -58,58 +66,54 @@ def token_losses(objective: str, prediction: Prediction, target: Target) -> Tens
 
 
 class TrainingLoss(nn.Module):
-    """Model and objective in one module, so that one engine owns both. Batches are those of `ds_tokimg.data.batch`, in
-    blocks of `block_size` patches (0: whole images).
+    """Model and objective in one module, so that one engine owns both. Batches are those of `ds_tokimg.data.batch`.
 
     Raises ValueError for an unknown objective, or for `ce` with a head that has no posterior.
     """
 
-    def __init__(self, model: JiT, objective: str = "ce", timesteps: str = "band", block_size: int = 0):
+    def __init__(self, model: JiT, objective: str = "ce", timesteps: str = "band"):
         super().__init__()
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}; available: {', '.join(OBJECTIVES)}")
         if objective == "ce" and not model.head.features:
             raise ValueError("objective ce needs head posterior; the linear head has no distribution over tokens")
         self.model, self.objective = model, objective
-        # How texts will be written, for the log; of tokens drawn in turn only `noisy` trains the level where that is.
-        self.one_step = draws_in_one_step(model.head, block_size, model.config.in_turn and timesteps == "noisy")
+        self.told = model.writing.told_by_training(timesteps)  # whose bits the log tells
         self.measure_bound = False  # costs a softmax over all candidates that cross-entropy does not need
         if timesteps == "entropic" and not model.head.features:
             raise ValueError("timesteps entropic needs head posterior: it follows the cross-entropy of tokens")
         self.timesteps = TimestepSampler(timesteps, model.codec.radix)
         self.schedule = EntropicSchedule(self.timesteps.band) if timesteps == "entropic" else None
+        self._flops_of = cache(partial(train_flops, model))  # most batches have the shapes of others
         self.register_buffer("digit_table", model.codec.digit_table, persistent=False)  # [V, D] uint8
 
-    def forward(self, batch: dict[str, Tensor], per_patch: bool = False, with_mean: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, per_patch: bool = False, with_mean: bool = True) -> dict[str, Tensor]:
         """One micro-batch -> {"loss_sum": scalar, float32, with gradient} and sums for the log.
 
-        batch: ids [B, N, K] int64, mask [B, N, K] bool, t [B] or [B, N] float32, noise [B, N, P] float32; with
-        conditions also condition_ids and condition_mask [B, M, K]; in_turn [B] bool, texts whose tokens are predicted
-        in turn.
-        With `blocks` [N] int64 the text is predicted from left to right (`JiT.predict`).
         With `per_patch` the result has sums over each patch's valid tokens instead, each [B, N]: "loss" (the
         objective), "nats" (cross-entropy; heads with a posterior), "squared_error" (digits summed; `with_mean`: of the
         posterior mean, which may cost more than the rest), "correct" and "invalid" (tokens).
         """
         if self.schedule is not None and not per_patch:  # the bound brings noise levels of its own
-            batch = batch | {"t": self.schedule.warp(batch["t"])}
-        clean = self.colours(batch["ids"])
-        noisy, _ = add_noise_to_timestep(clean, batch["t"], batch["noise"])
-        condition = None
-        if "condition_ids" in batch:
-            condition = (self.colours(batch["condition_ids"]), batch["condition_mask"])
-        seen = {"condition": condition, "context": (clean, batch["blocks"]) if "blocks" in batch else None}
-        if "in_turn" in batch:
-            seen["in_turn"] = (batch["ids"], batch["in_turn"])
-        prediction = self.model.predict(noisy, batch["t"], batch["mask"], **seen)
-        level = batch["t"] if batch["t"].dim() == 2 else batch["t"][:, None]
-        target = Target(clean, batch["ids"], level, self._elbo_weight(level), self.digit_table)
-        if not per_patch:
-            loss_sum, nats = self._loss_sum(prediction, target, batch["mask"])
-            seen = {} if self.schedule is None else self.schedule.seen(target.t, nats.sum(-1), batch["mask"].sum(-1))
-            return {"loss_sum": loss_sum} | self._progress(prediction, target, batch, nats) | seen
-        tokens = self._per_token(prediction, target, batch["mask"], with_mean)
-        return {name: value.double().sum(-1) for name, value in tokens.items()}
+            batch = batch.replace(t=self.schedule.warp(batch.t))
+        clean = self.colours(batch.ids)
+        prediction = self._predict(batch, clean)
+        level = batch.t if batch.t.dim() == 2 else batch.t[:, None]
+        target = Target(clean, batch.ids, level, self._elbo_weight(level), self.digit_table)
+        if per_patch:
+            tokens = self._per_token(prediction, target, batch.mask, with_mean)
+            return {name: value.double().sum(-1) for name, value in tokens.items()}
+        loss_sum, nats = self._loss_sum(prediction, target, batch.mask)
+        seen = {} if self.schedule is None else self.schedule.seen(target.t, nats.sum(-1), batch.mask.sum(-1))
+        return {"loss_sum": loss_sum} | self._progress(prediction, target, batch, nats) | seen
+
+    def _predict(self, batch: Batch, clean: Tensor) -> Prediction:
+        """What the model makes of the batch's noisy texts, which are `clean` without noise."""
+        noisy, _ = add_noise_to_timestep(clean, batch.t, batch.noise)
+        prompt = None if batch.prompt is None else (self.colours(batch.prompt.ids), batch.prompt.mask)
+        seen = WholeImage(prompt) if batch.blocks is None else TeacherForced(clean, batch.blocks, prompt)
+        drawn = None if batch.in_turn is None else Drawn(batch.ids, batch.in_turn)
+        return self.model.predict(Patches(noisy, batch.t, batch.mask), seen, drawn)
 
     def _per_token(self, prediction: Prediction, target: Target, mask: Tensor, with_mean: bool) -> dict[str, Tensor]:
         """What `forward` sums over the tokens of a patch, each [B, N, K]."""
@@ -126,22 +130,22 @@ class TrainingLoss(nn.Module):
         return tokens | {"correct": (ids == target.ids) & mask, "invalid": invalid & mask}
 
     @torch.no_grad()
-    def _progress(self, prediction: Prediction, target: Target, batch, nats: Tensor | None) -> dict[str, Tensor]:
+    def _progress(self, prediction: Prediction, target: Target, batch: Batch, nats) -> dict[str, Tensor]:
         """Sums for the log: tokens, slots and operations; when asked for, also the bound in nats and its tokens: of
         those at full noise where a token is drawn in one step (their `nats`, if they are known), else of the samples
         with one noise level whose tokens are not predicted in turn, over the noise levels that are trained."""
-        mask = batch["mask"]
+        mask = batch.mask
         sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
-        sums["flops"] = mask.new_tensor(train_flops(self.model, batch), dtype=torch.float64)
-        if self.measure_bound and nats is not None and self.one_step:
+        sums["flops"] = mask.new_tensor(self.flops(batch), dtype=torch.float64)
+        if self.measure_bound and nats is not None and self.told.one_step:
             noisiest = (target.t >= self.model.noisiest - 1e-2)[..., None] & mask
-            if "in_turn" in batch:
-                noisiest = noisiest & batch["in_turn"][:, None, None]
+            if batch.in_turn is not None:
+                noisiest = noisiest & batch.in_turn[:, None, None]
             sums["bound_nats"], sums["bound_tokens"] = (nats * noisiest).sum(), noisiest.sum()
         elif self.measure_bound:
             whole = self._follows_the_path(target.t, batch)
-            if "in_turn" in batch:
-                whole = whole & ~batch["in_turn"]
+            if batch.in_turn is not None:
+                whole = whole & ~batch.in_turn
             whole = whole[:, None, None] & mask
             sums["bound_nats"] = (token_losses("elbo", prediction, target) * whole).sum()
             sums["bound_tokens"] = whole.sum()
@@ -162,19 +166,23 @@ class TrainingLoss(nn.Module):
         with torch.no_grad():
             return loss_sum, token_losses("ce", prediction, target) * mask
 
-    def _follows_the_path(self, t: Tensor, batch) -> Tensor:
+    def _follows_the_path(self, t: Tensor, batch: Batch) -> Tensor:
         """Samples whose patches have one noise level, or one a block, as the bound's path asks for: bool [B]."""
-        first = torch.zeros_like(batch["mask"][0, :, 0], dtype=torch.int64)  # [N], the first patch of each one's block
-        if "blocks" in batch:
-            first = torch.searchsorted(batch["blocks"], batch["blocks"])
+        first = torch.zeros_like(batch.mask[0, :, 0], dtype=torch.int64)  # [N], the first patch of each one's block
+        if batch.blocks is not None:
+            first = torch.searchsorted(batch.blocks, batch.blocks)
         # Padding's levels do not count, or the width of a micro-batch would decide which samples do.
-        padding = ~batch["mask"].any(-1)  # [B, N]
+        padding = ~batch.mask.any(-1)  # [B, N]
         t = t.expand(padding.shape)
         return ((t == t[:, first]) | padding).all(1)
 
-    def count(self, batch: dict[str, Tensor]) -> int:
+    def flops(self, batch: Batch) -> int:
+        """Operations of the forward and backward of a micro-batch."""
+        return self._flops_of(shape_of(batch))
+
+    def count(self, batch: Batch) -> int:
         """Valid pixels of a micro-batch."""
-        return int(batch["mask"].sum()) * self.model.codec.token_size**2
+        return int(batch.mask.sum()) * self.model.codec.token_size**2
 
     def colours(self, ids: Tensor) -> Tensor:
         """ids [B, N, K] -> clean patches [B, N, P] float32 in [-1, 1]."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ds_tokimg.data.batch import blocks_of, fill_canvas, stagger
+from ds_tokimg.data.batch import Batch, BatchPacker, Canvas, stagger
 from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.rng import Stream, generator, low_discrepancy
 from ds_tokimg.diffusion.levels import SamplingPath
@@ -18,18 +17,22 @@ from ds_tokimg.tokens.layout import PatchLayout
 
 @dataclass
 class ValidationBatches:
-    """Batches of texts of similar length, with noise that is fixed for each text. Arguments as of `estimate_bound`."""
+    """Batches of texts of similar length, with noise that is fixed for each text.
+
+    dataset, layout: see `estimate_bound`. path: the one that is bounded. seed: of the noise. conditional: the texts'
+    prompts are given. canvas: what answers are filled up to, as the model does not know their length; None: they are
+    not.
+    """
 
     dataset: TokenImageDataset
     layout: PatchLayout
     path: SamplingPath
     seed: int = 0
-    block_size: int = 0
     conditional: bool = False
-    canvas: int = 0
-    eos_id: int = 0
+    canvas: Canvas | None = None
 
     def __post_init__(self):
+        self.packer = BatchPacker(self.layout, self.path.writing.block_size)
         self.text_tokens = np.array([len(self.dataset.ids(i)) for i in range(len(self))])
         self.scored_tokens = np.array([self._scored_tokens(i) for i in range(len(self))])
         self.patches = np.asarray(self.layout.num_patches(self.scored_tokens))
@@ -41,12 +44,13 @@ class ValidationBatches:
     def _scored_tokens(self, index: int) -> int:
         """The text's tokens and, for an answer, the EOS that fill up its canvas (and always its last patch)."""
         own = int(self.text_tokens[index])
-        if not self.canvas or not len(self.dataset.prompt_ids(index)):
+        if self.canvas is None or not len(self.dataset.prompt_ids(index)):
             return own
-        return max(int(self.layout.num_patches([own])[0]), self.canvas) * self.layout.slots
+        return max(int(self.layout.num_patches([own])[0]), self.canvas.patches) * self.layout.slots
 
     def ids(self, index: int) -> np.ndarray:
-        return fill_canvas(self.dataset.ids(index), int(self.scored_tokens[index]), self.eos_id)
+        ids = self.dataset.ids(index)
+        return ids if self.canvas is None else self.canvas.fill(ids, int(self.scored_tokens[index]))
 
     def of_rank(self, rank: int, world_size: int, patches_per_batch: int) -> list[np.ndarray]:
         """Indices of the texts of each of a rank's batches.
@@ -71,28 +75,21 @@ class ValidationBatches:
     def offsets(self, indices: np.ndarray) -> np.ndarray:
         """Where within its stratum each sample, or each of its patches, has its noise level: [B, N or 1] in [0, 1)."""
         start = low_discrepancy(self.seed, Stream.VALIDATION, 0, indices)[:, None]
-        return (start + stagger(int(self.patches[indices].max(initial=1)), self.block_size)) % 1.0
+        return (start + stagger(int(self.patches[indices].max(initial=1)), self.packer.block_size)) % 1.0
 
-    def make(self, indices: np.ndarray, log_snr: np.ndarray, noise: int) -> dict[str, Tensor]:
+    def make(self, indices: np.ndarray, log_snr: np.ndarray, noise: int) -> Batch:
         """Texts at log-SNR [B, N or 1], with the `noise`-th of the noises that are fixed for each of them."""
-        ids, mask = self.layout.pack([self.ids(int(i)) for i in indices] or [np.zeros(0, np.int64)])
-        values = np.zeros((len(ids), ids.shape[1], self.layout.values), dtype=np.float32)
-        for row, index in enumerate(indices):
-            draw = generator(self.seed, Stream.VALIDATION, 1 + noise, int(index))
-            draw.standard_normal(dtype=np.float32, out=values[row, : self.patches[index]])
         t = timestep_of_log_snr(torch.from_numpy(log_snr)).float() if len(indices) else torch.zeros(1, 1)
-        batch = {"ids": ids, "mask": mask, "t": t.expand(-1, ids.shape[1]) if self.block_size else t[:, 0]}
-        batch["noise"] = torch.from_numpy(values)
-        if self.block_size:
-            batch["blocks"] = blocks_of(ids.shape[1], self.block_size)
-        if self.conditional:
-            prompts = [self.dataset.prompt_ids(int(i)) for i in indices] or [np.zeros(0, np.int64)]
-            batch["condition_ids"], batch["condition_mask"] = self.layout.pack(prompts)
-        return batch
+        return self.packer(
+            [self.ids(int(i)) for i in indices],
+            t if self.packer.block_size else t[:, 0],
+            [generator(self.seed, Stream.VALIDATION, 1 + noise, int(i)) for i in indices],
+            [self.dataset.prompt_ids(int(i)) for i in indices] if self.conditional else None,
+        )
 
-    def drawn(self, indices: np.ndarray, noise: int) -> dict[str, Tensor]:
+    def drawn(self, indices: np.ndarray, noise: int) -> Batch:
         """`make`, where tokens are drawn."""
         batch = self.make(indices, np.full((len(indices), 1), self.path.drawn_at), noise)
-        if self.path.in_turn:
-            batch["in_turn"] = torch.ones(len(batch["ids"]), dtype=torch.bool)
-        return batch
+        if not self.path.writing.in_turn:
+            return batch
+        return batch.replace(in_turn=torch.ones(len(batch.ids), dtype=torch.bool))

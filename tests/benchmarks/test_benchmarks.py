@@ -21,8 +21,8 @@ from tests.support.tiny import layout_of, tiny_model
 SCRIPTS = {
     "efficiency": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
     "overhead": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
-    "lengths": "--repetitions 1 --data_path {text}",
-    "precision": "--model JiT-XS/8 --images 16 --repetitions 1",
+    "lengths": "--batch 2 --repetitions 1 --data_path {text}",
+    "precision": "--model JiT-XS/8 --images 2 --repetitions 1",
     "startup": "--repetitions 1 --data_path {text}",
     "growth": "--parts corpus --megabytes 0.1 0.2",
     "data": "--megabytes 0.2 --repetitions 1",
@@ -96,8 +96,8 @@ def test_word_salad_and_repetition_are_told_from_text():
 @pytest.mark.parametrize("block_size", [0, 1])
 def test_the_levels_of_an_untrained_model_add_up_to_the_whole_vocabulary(block_size):
     """It says the same at every level, nothing, so that nothing is lost on the way."""
-    model = tiny_model(TokenCodec(16, token_size=2), trained=False, patch_size=2)
-    text_format = SimpleNamespace(block_size=block_size, objective="ce")
+    model = tiny_model(TokenCodec(16, token_size=2), trained=False, patch_size=2, block_size=block_size)
+    text_format = SimpleNamespace(objective="ce")
     trained = SimpleNamespace(model=model, format=text_format, layout=layout_of(model))
     texts = [np.random.default_rng(i).integers(0, 16, 64) for i in range(8)]
     log_snrs = np.linspace(-8, 3.5, 47)  # steps of a quarter

@@ -22,6 +22,7 @@ def test_rows_of_trials_are_no_rows_of_a_recipe():
     at_once = {"settings": ["timesteps=entropic"], "lr": 6e-3}
     assert row("ours").recipe == "left-to-right" and row("plain", **at_once).recipe == "at-once"
     assert row("plain").recipe is None and row("plain", settings=["timesteps=entropic"]).recipe is None
+    assert row("at-once", lr=6e-3).recipe == "at-once" and row("at-once").recipe is None
     for trial in (
         {"settings": ["radix=2"]},
         {"note": "a first version"},

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_tokimg.data.batch import BatchMaker, fill_canvas
-from ds_tokimg.diffusion.timesteps import TimestepSampler
+from ds_tokimg.data.batch import BatchMaker, BatchPacker, Canvas, Draws
+from ds_tokimg.diffusion.path import TimestepSampler
 from ds_tokimg.model.config import JiTConfig
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.tokens.codec import TokenCodec
@@ -17,8 +17,9 @@ LENGTHS = [256, 100, 33, 32, 7, 1, 16, 60]
 PROMPTS = [3, 0, 20, 60, 1, 2, 5, 9]
 
 
-def maker_of(layout="patch", timesteps="band", seed=0, **options):
-    return BatchMaker(PatchLayout(CODEC, 16, 4, layout), TimestepSampler(timesteps, 4), seed, **options)
+def maker_of(layout="patch", timesteps="band", seed=0, block_size=0, **draws):
+    packer = BatchPacker(PatchLayout(CODEC, 16, 4, layout), block_size)
+    return BatchMaker(packer, TimestepSampler(timesteps, 4), seed, Draws(**draws))
 
 
 @pytest.mark.parametrize("layout", ["patch", "raster"])
@@ -59,23 +60,21 @@ def test_a_text_that_does_not_fit():
 @pytest.mark.parametrize("patch_noise", [0.0, 0.5])
 def test_draws_do_not_depend_on_partition_or_padding(patch_noise, layout):
     texts = random_texts(50, LENGTHS, PROMPTS)
-    maker = maker_of(layout, patch_noise=patch_noise, condition_drop=0.5, canvas=8, eos_id=7, in_turn=0.5)
+    maker = maker_of(layout, patch_noise=patch_noise, condition_drop=0.5, canvas=Canvas(8, 7), in_turn=0.5)
     indices, positions = np.array([5, 0, 3, 7, 1, 2, 6, 4]), np.arange(40, 48)
     whole = maker(texts, indices, positions, epoch=2)
     for part in ([0], [1, 2], [3, 4, 5, 6, 7], [7, 0]):
         batch = maker(texts, indices[part], positions[part], epoch=2)
-        assert batch.keys() == whole.keys()
-        for name, value in batch.items():
-            expected = whole[name][part]
-            if value.dim() > 1 and not name.startswith("condition"):
-                own = batch["mask"].any(-1)  # patches behind a text are padding, whatever they hold
-                expected = expected[:, : value.shape[1]]
-                assert torch.equal(value[own], expected[own]), name
-            elif value.dim() > 1:
-                assert torch.equal(value, expected[:, : value.shape[1]]), name
-                assert not whole[name][part][:, value.shape[1] :].any(), name
-            else:
-                assert torch.equal(value, expected), name
+        own = batch.mask.any(-1)  # patches behind a text are padding, whatever they hold
+        for name in ("ids", "mask", "t", "noise"):
+            value, expected = getattr(batch, name), getattr(whole, name)[part]
+            if value.dim() > 1:
+                value, expected = value[own], expected[:, : value.shape[1]][own]
+            assert torch.equal(value, expected), name
+        for value, expected in zip(batch.prompt, whole.prompt, strict=True):
+            assert torch.equal(value, expected[part][:, : value.shape[1]])
+            assert not expected[part][:, value.shape[1] :].any()
+        assert torch.equal(batch.in_turn, whole.in_turn[part])
 
 
 def test_draws_depend_on_seed_epoch_and_sample():
@@ -84,14 +83,14 @@ def test_draws_depend_on_seed_epoch_and_sample():
         maker_of(seed=seed)(texts, [index], [index], epoch)
         for seed, epoch, index in itertools.product((0, 1), repeat=3)
     ]
-    noises = torch.stack([batch["noise"].flatten() for batch in batches])
+    noises = torch.stack([batch.noise.flatten() for batch in batches])
     correlation = torch.corrcoef(noises) - torch.eye(8)
     assert correlation.abs().max() < 0.5  # 96 values each
-    assert len({float(batch["t"]) for batch in batches}) == 8
+    assert len({float(batch.t) for batch in batches}) == 8
 
 
 def test_noise_is_standard_normal():
-    noise = maker_of()(random_texts(50, [256] * 40), range(40), range(40), 0)["noise"]
+    noise = maker_of()(random_texts(50, [256] * 40), range(40), range(40), 0).noise
     assert noise.shape == (40, 16, 48) and noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.025 and abs(noise.std() - 1) < 0.02
     assert abs((noise**4).mean() - 3) < 0.15
@@ -101,7 +100,7 @@ def test_noise_is_standard_normal():
 def test_share_of_samples_with_a_level_per_patch(patch_noise):
     texts = random_texts(50, [64] * 16)
     batch = maker_of(patch_noise=patch_noise)(texts, range(16), range(100, 116), 0)
-    t = batch["t"]
+    t = batch.t
     if not patch_noise:
         assert t.shape == (16,)
         return
@@ -120,7 +119,7 @@ def test_timesteps_of_a_train_batch_are_stratified(patch_noise):
     band = maker.timesteps.band
     for start in (0, 37, 448):
         places = np.arange(start, start + 64)
-        t = maker(texts, places, places, epoch=1)["t"].double().view(64, -1)[:, 0]
+        t = maker(texts, places, places, epoch=1).t.double().view(64, -1)[:, 0]
         if patch_noise:
             t = t[~(np.floor((places + 1) * patch_noise) > np.floor(places * patch_noise))]
         quantile = (2 * torch.log((1000 - t) / t) - band.low) / (band.high - band.low)
@@ -131,7 +130,7 @@ def test_timesteps_of_a_train_batch_are_stratified(patch_noise):
 def test_levels_of_patches_are_independent_draws():
     texts = random_texts(50, [256] * 64)
     maker = maker_of(timesteps="uniform", patch_noise=1.0)
-    t = maker(texts, range(64), range(64), 0)["t"]
+    t = maker(texts, range(64), range(64), 0).t
     counts = torch.histc(t, 10, 0, 1000)
     expected = t.numel() / 10
     assert ((counts - expected) ** 2 / expected).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
@@ -146,8 +145,8 @@ def test_blocks_have_levels_of_their_own_that_cover_the_band(block_size):
     maker = maker_of(block_size=block_size)
     batch = maker(texts, range(32), range(32), 0)
     blocks = np.arange(16) // block_size
-    assert batch["blocks"].tolist() == blocks.tolist()
-    t = batch["t"].double()
+    assert batch.blocks.tolist() == blocks.tolist()
+    t = batch.t.double()
     for block in range(blocks[-1] + 1):
         assert (t[:, blocks == block] == t[:, blocks == block][:, :1]).all()
     band = maker.timesteps.band
@@ -155,33 +154,31 @@ def test_blocks_have_levels_of_their_own_that_cover_the_band(block_size):
     for part in (quantile[0], quantile[:, 0], quantile):
         counts = torch.histc(part.flatten(), 4, 0, 1)
         assert (counts - part.numel() / 4).abs().max() <= 2
-    assert torch.equal(maker(texts, [7], [7], 0)["t"], batch["t"][7:8])
-    mixed = maker_of(block_size=3, patch_noise=0.5)(texts, range(32), range(32), 0)["t"]
+    assert torch.equal(maker(texts, [7], [7], 0).t, batch.t[7:8])
+    mixed = maker_of(block_size=3, patch_noise=0.5)(texts, range(32), range(32), 0).t
     assert [bool((row[0] == row[1]).item()) for row in mixed] == [True, False] * 16
 
 
 def test_conditions_are_dropped_at_the_rate_asked_for():
     texts = random_texts(50, [5] * 600, [4] * 600)
     batch = maker_of(condition_drop=0.1)(texts, range(600), range(600), 0)
-    shown = batch["condition_mask"].any((1, 2))
+    shown = batch.prompt.mask.any((1, 2))
     assert 30 < 600 - shown.sum() < 95  # 60 +- 4.5 deviations
-    assert (batch["condition_mask"].sum((1, 2))[shown] == 4).all()
+    assert (batch.prompt.mask.sum((1, 2))[shown] == 4).all()
     first = int(shown.nonzero()[0])
-    assert torch.equal(
-        batch["condition_ids"][first][batch["condition_mask"][first]], torch.from_numpy(texts.prompts[first])
-    )
-    assert "condition_ids" not in maker_of()(texts, [0], [0], 0)
+    assert torch.equal(batch.prompt.ids[first][batch.prompt.mask[first]], torch.from_numpy(texts.prompts[first]))
+    assert maker_of()(texts, [0], [0], 0).prompt is None
     always = maker_of(condition_drop=1.0)(texts, [0, 1], [0, 1], 0)
-    assert always["condition_mask"].shape == (2, 1, 16) and not always["condition_mask"].any()
+    assert always.prompt.mask.shape == (2, 1, 16) and not always.prompt.mask.any()
 
 
 def test_canvas_fills_answers_with_the_end_token():
     texts = random_texts(7, [5, 40, 20], [3, 3, 0])  # ids below 7; the third has no prompt
-    maker, lengths = maker_of(condition_drop=0.0, canvas=6, eos_id=9), {0: [], 1: [], 2: []}
+    maker, lengths = maker_of(condition_drop=0.0, canvas=Canvas(6, 9)), {0: [], 1: [], 2: []}
     for epoch in range(200):
         batch = maker(texts, [0, 1, 2], [0, 1, 2], epoch)
         for row, text in enumerate(texts.texts):
-            ids = batch["ids"][row][batch["mask"][row]].numpy()
+            ids = batch.ids[row][batch.mask[row]].numpy()
             assert np.array_equal(ids[: len(text)], text) and (ids[len(text) :] == 9).all()
             lengths[row].append(len(ids))
     assert set(lengths[2]) == {20}  # not an answer
@@ -190,8 +187,8 @@ def test_canvas_fills_answers_with_the_end_token():
         assert set(patches) == set(range(own, 7))
         # half of the time its own patches, else any number up to the canvas
         assert 0.4 < (patches == own).mean() - 0.5 / (7 - own) < 0.6
-    assert fill_canvas(np.array([1, 2]), 4, 9).tolist() == [1, 2, 9, 9]
-    assert fill_canvas(np.array([1, 2]), 1, 9).tolist() == [1, 2]
+    assert Canvas(6, 9).fill(np.array([1, 2]), 4).tolist() == [1, 2, 9, 9]
+    assert Canvas(6, 9).fill(np.array([1, 2]), 1).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("patch_noise", [0.0, 0.5])
@@ -199,6 +196,6 @@ def test_an_empty_micro_batch_is_one_row_of_padding(patch_noise):
     texts = random_texts(50, [5], [3])
     maker = maker_of(patch_noise=patch_noise, condition_drop=0.1)
     batch = maker(texts, [], [], 0)
-    assert {name: len(value) for name, value in batch.items()} == dict.fromkeys(maker(texts, [0], [0], 0), 1)
-    assert not batch["mask"].any() and not batch["condition_mask"].any()
-    assert maker.timesteps.band.holds(2 * torch.log((1000 - batch["t"]) / batch["t"])).all()
+    assert [len(part) for part in (batch.ids, batch.mask, batch.t, batch.noise, *batch.prompt)] == [1] * 6
+    assert not batch.mask.any() and not batch.prompt.mask.any()
+    assert maker.timesteps.band.holds(2 * torch.log((1000 - batch.t) / batch.t)).all()

@@ -107,6 +107,7 @@ def test_a_small_corpus_still_gives_a_validation_text(tokenizer, tmp_path):
     path.write_text("one and only\n")
     assert len(TokenImageDataset(path, tokenizer)) == 1
     assert len(TokenImageDataset(path, tokenizer, split="train", eval_fraction=0)) == 1
+    assert len(TokenImageDataset(path, tokenizer, split="eval", eval_fraction=0)) == 0
     for split in ("train", "eval"):
         with pytest.raises(UserError, match=r"cannot be split.*--eval_data_path.*--eval_fraction 0"):
             TokenImageDataset(path, tokenizer, split=split)

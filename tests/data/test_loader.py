@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_tokimg.data.loader import BatchLoader
+from ds_tokimg.data.loader import BatchLoader, Part
 from ds_tokimg.data.order import TrainBatchSampler, partition, steps_per_epoch
 
 LENGTHS = np.random.default_rng(0).geometric(0.005, 1003).astype(np.int32)
@@ -92,10 +92,7 @@ def test_ranks_get_neighbours_and_no_rank_always_the_longest():
 def test_every_topology_sees_the_same_train_batches(world_size, accumulation):
     whole = list(loader().batches(0, 70))
     assert [batch.epoch for batch in whole] == [0] * 62 + [1] * 8
-    shares = [
-        list(loader(world_size=world_size, rank=rank, accumulation=accumulation).batches(0, 70))
-        for rank in range(world_size)
-    ]
+    shares = [list(loader(part=Part(world_size, rank, accumulation)).batches(0, 70)) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         micro = [m for share in shares for m in share[step].micro_batches]
         order = torch.argsort(torch.cat([m["positions"] for m in micro]))
@@ -122,7 +119,7 @@ def test_threads_and_restarts_do_not_change_the_batches(num_workers):
 def test_more_ranks_than_samples_give_empty_micro_batches():
     sizes = []
     for rank in range(4):
-        (batch,) = loader(lengths=LENGTHS[:3], world_size=4, rank=rank).batches(0, 1)
+        (batch,) = loader(lengths=LENGTHS[:3], part=Part(4, rank)).batches(0, 1)
         sizes.append(len(batch.micro_batches[0]["indices"]))
     assert sorted(sizes) == [0, 1, 1, 1]
 

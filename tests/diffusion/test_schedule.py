@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ds_tokimg.data.batch import BatchMaker
-from ds_tokimg.diffusion.band import Band
-from ds_tokimg.diffusion.path import log_snr, timestep_of_log_snr
+from ds_tokimg.diffusion.path import Band, TimestepSampler, log_snr, timestep_of_log_snr
 from ds_tokimg.diffusion.schedule import BINS, PREFIXES, UNIFORM_SHARE, EntropicSchedule
-from ds_tokimg.diffusion.timesteps import TimestepSampler
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.objective import TrainingLoss
 from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
-from tests.support.tiny import layout_of, random_texts, tiny_model
+from tests.support.tiny import maker_of, random_texts, tiny_model
 
 BAND = Band(-5.0, 3.0)
 CODEC = TokenCodec(50)
@@ -84,7 +81,7 @@ def test_what_is_seen_is_the_loss_however_it_is_cut(objective, posterior):
     model = tiny_model(CODEC, posterior=posterior)
     module, texts = TrainingLoss(model, objective, "entropic"), random_texts(50, [256, 100, 30, 256, 7, 200, 64, 90])
     module.schedule.update(seen_of(step_at(-1.0)))
-    maker = BatchMaker(layout_of(model), module.timesteps, seed=0, patch_noise=0.5)
+    maker = maker_of(module, patch_noise=0.5)
 
     def seen(indices):
         return module(maker(texts, indices, indices, epoch=0))
@@ -104,7 +101,7 @@ def test_elbo_counts_what_is_drawn_rarely_for_more():
     """In expectation the weighted error does not depend on where the levels are drawn."""
     model = tiny_model(CODEC, trained=False)
     module, texts = TrainingLoss(model, "elbo", "entropic"), random_texts(50, [256] * 400)
-    maker, results = BatchMaker(layout_of(model), module.timesteps, seed=0), []
+    maker, results = maker_of(module), []
     for moved in (False, True):
         if moved:
             module.schedule.update(seen_of(step_at(0.0, 1.0), module.schedule.band))

@@ -16,6 +16,7 @@ from torch import nn
 from ds_tokimg.engine.engine import MAX_SKIPPED_IN_A_ROW
 from ds_tokimg.errors import TrainingError
 from tests.support.distributed import (
+    Tensors,
     TinyModule,
     cut,
     full_state,
@@ -91,7 +92,7 @@ def _train_with_padding(dist, stage):
     for step in range(STEPS):
         micro_batches = cut(make_batch(step), 0, 1, 2)
         if dist.rank == 1:
-            micro_batches = [{**m, "mask": torch.zeros_like(m["mask"])} for m in micro_batches]
+            micro_batches = [Tensors(m, mask=torch.zeros_like(m["mask"])) for m in micro_batches]
         losses.append(engine.train_batch(micro_batches).loss)
     return losses
 
@@ -290,7 +291,8 @@ def test_a_rank_that_is_lost_ends_the_others(stage, is_killed, reason):
 def test_plain_python_is_one_rank_and_quiet():
     """Nothing but the script's own line: no launcher's variables, no compiler, no chatter."""
     script = (
-        "from ds_tokimg.engine.engine import init_distributed;"
+        "from ds_tokimg.engine.startup import quiet\n"
+        "with quiet(): from ds_tokimg.engine.engine import init_distributed\n"
         "from tests.support.distributed import tiny_engine, train;"
         "d = init_distributed(); print(d.rank, d.world_size, train(tiny_engine(d, 1), 2)[1].step)"
     )

@@ -6,8 +6,11 @@ import pytest
 import torch
 from scipy import stats
 
+from ds_tokimg.choices import SAMPLERS
 from ds_tokimg.diffusion.path import START
-from ds_tokimg.inference.sampler import SAMPLERS, SamplingOptions, _Walk, sample, timestep_grid
+from ds_tokimg.inference.options import SamplingOptions
+from ds_tokimg.inference.sampler import _Walk, sample, timestep_grid
+from ds_tokimg.model.context import Patches, WholeImage
 from ds_tokimg.tokens.codec import TokenCodec
 from tests.support.tiny import ExactModel, correlated_texts, tiny_model
 
@@ -206,7 +209,7 @@ def test_evaluations_unless_told(block_size, steps):
     """Four for each token of a block, whose patches hold four, 64 at most."""
     model = tiny_model(CODEC, patch_size=2).eval()
     times, original = [], model.predict
-    model.predict = lambda z, t, *a, **k: times.append(float(t[0])) or original(z, t, *a, **k)
+    model.predict = lambda patches, *a: times.append(float(patches.t[0])) or original(patches, *a)
     sample(model, [4], SamplingOptions(block_size=block_size))
     assert len(times) == len(set(times)) == steps
 
@@ -225,7 +228,7 @@ def test_a_token_alone_is_drawn_in_one_step_where_that_is_exact(sampler, posteri
     """Not from a posterior over digits, and not by the most likely one."""
     model = tiny_model(TokenCodec(50, token_size=2), patch_size=2, posterior=posterior).eval()
     calls, original = [], model.predict
-    model.predict = lambda *a, **k: calls.append(1) or original(*a, **k)
+    model.predict = lambda *a: calls.append(1) or original(*a)
     sample(model, [2], SamplingOptions(block_size=1, sampler=sampler))
     assert len(calls) == 2 * steps
 
@@ -236,7 +239,9 @@ def test_states_follow_the_noising_path(sampler):
     source = {(0, 3): 0.5, (3, 0): 0.5}
     model = ExactModel(TokenCodec(4), source)
     states, original = [], model.predict
-    model.predict = lambda z, t, *a, **k: states.append((float(t[0]), z[:, :2])) or original(z, t, *a, **k)
+    model.predict = lambda patches, *a: (
+        states.append((float(patches.t[0]), patches.noisy[:, :2])) or original(patches, *a)
+    )
     sample(model, [2] * 1500, SamplingOptions(steps=32, sampler=sampler, batch_size=1500))
     for t, z in states:
         sigma = t / 1000
@@ -317,9 +322,9 @@ def test_given_tokens_are_shown_at_the_level_they_have(head):
     model, shown = tiny_model(CODEC, **head), []
     original = model.predict
 
-    def predict(z, t, *args, **kwargs):
-        shown.append((z, t))
-        return original(z, t, *args, **kwargs)
+    def predict(patches, *args):
+        shown.append((patches.noisy, patches.t))
+        return original(patches, *args)
 
     model.predict = predict
     sample(model, [48], SamplingOptions(16, "euler"), given=[dict.fromkeys(range(20), 7)])
@@ -338,7 +343,7 @@ def test_guidance():
     model = tiny_model(CODEC).eval()
     lengths, prompts = [40, 16], [[1, 2, 3], [5] * 20]
     calls, original = [], model.predict
-    model.predict = lambda *args, **kwargs: calls.append(args[3]) or original(*args, **kwargs)
+    model.predict = lambda patches, seen: calls.append(seen.prompt) or original(patches, seen)
 
     def texts(scale, prompts):
         calls.clear()
@@ -358,8 +363,8 @@ def test_guidance_extrapolates_the_predictions(head):
     z = walk._normal()
     guided, z = walk._predict(z, 500.0), z.float()
     t = torch.tensor([500.0])
-    without = model.predict(z, t, walk.mask)
-    given = model.predict(z, t, walk.mask, walk.condition)
+    patches = Patches(z, t, walk.mask)
+    without, given = (model.predict(patches, WholeImage(prompt)) for prompt in (None, walk.condition))
     name = "clean" if head.get("head") else "logits"
     a, b = getattr(without, name), getattr(given, name)
     torch.testing.assert_close(getattr(guided, name), a + 2.5 * (b - a))

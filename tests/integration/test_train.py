@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from ds_tokimg.__main__ import main
+from ds_tokimg.commands.evaluate import open_texts
 from ds_tokimg.errors import UserError
+from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import assemble
+from ds_tokimg.training.bound import bits_per_token
 from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
 
 SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
@@ -208,7 +211,6 @@ def test_a_prompt_is_continued_by_a_model_without_conditions(run, tmp_path):
 
 @pytest.mark.parametrize("block_size", ["0", "1"])
 def test_gaps_are_filled_and_all_else_stays(block_size, run, tmp_path):
-    from ds_tokimg.inference.loading import load_trained
     from ds_tokimg.tokens.tokenizer import encode
 
     text, json_file = "the <gap:5> house was<gap:3>", tmp_path / "texts.json"
@@ -265,8 +267,6 @@ def test_prompts_and_answers_from_a_mixed_folder(tmp_path, corpus):
 
 
 def test_fine_tuning_starts_from_the_weights_tokenizer_and_codec_of_a_checkpoint(run, corpus, tmp_path):
-    from ds_tokimg.inference.loading import load_trained
-
     tuned = tmp_path / "tuned"
     train_in_ranks(1, small_flags(corpus, tuned, "--init_from", run[0], "--max_steps", 1, "--lr", "1e-9"))
     before, after = load_trained(str(run[0])), load_trained(str(tuned), "trained")
@@ -304,6 +304,10 @@ def test_blocks_from_left_to_right(corpus, tmp_path, condition, capsys):
     blocks = json.loads((tmp_path / "blocks.json").read_text())["bits_per_token"]
     assert blocks == pytest.approx(rows[-1]["val_bits_per_token"], rel=1e-6)
     assert blocks != json.loads(whole.read_text())["bits_per_token"]
+    if not condition:  # the Python API takes the model's own path too
+        trained = load_trained(evaluate[2])
+        texts = open_texts(trained, str(data))
+        assert bits_per_token(trained.model, list(map(texts.ids, range(len(texts))))) == pytest.approx(blocks, rel=1e-6)
     generate = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "count", "--num_inference_steps", "3"]
     texts = []
     for path in ([], ["--block_size", "0"], ["--block_size", "1"]):

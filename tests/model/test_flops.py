@@ -6,22 +6,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ds_tokimg.data.batch import BatchMaker
-from ds_tokimg.model.flops import matmul_peak, train_flops
+from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.objective import TrainingLoss
-from tests.support.tiny import layout_of, random_texts, tiny_model
+from tests.support.tiny import maker_of, random_texts, tiny_model
 
 CODEC = TokenCodec(50)
 LENGTHS, PROMPTS = (30, 17, 60), (8, 40, 21)
 
 
 def module_and_batch(objective="ce", patch_noise=0.0, conditions=False, block_size=0, **options):
-    model = tiny_model(CODEC, **options)
+    model = tiny_model(CODEC, block_size=block_size, **options)
     module = TrainingLoss(model, objective)
-    drop = 0.0 if conditions else None
-    settings = {"patch_noise": patch_noise, "block_size": block_size}
-    maker = BatchMaker(layout_of(model), module.timesteps, 0, condition_drop=drop, **settings)
+    maker = maker_of(module, patch_noise=patch_noise, condition_drop=0.0 if conditions else None)
     indices = np.arange(len(LENGTHS))
     return module, maker(random_texts(50, LENGTHS, PROMPTS), indices, indices, 0)
 
@@ -53,7 +50,7 @@ def seen_by_torch(module, batch) -> int:
 )
 def test_operations_are_what_torch_counts(options):
     module, batch = module_and_batch(**options)
-    assert train_flops(module.model, batch) == seen_by_torch(module, batch)
+    assert module.flops(batch) == seen_by_torch(module, batch)
 
 
 def test_operations_of_a_posterior_over_tokens_leave_out_the_matched_filter():
@@ -61,8 +58,8 @@ def test_operations_of_a_posterior_over_tokens_leave_out_the_matched_filter():
     evidence = CODEC.digits_per_token + 1
     # Input forward and, recomputed, backward; in the loss the bias as one more column, and its gradient.
     columns = 2 * evidence + evidence + 1 + 1
-    matched_filter = 2 * batch["ids"].numel() * CODEC.vocab_size * columns
-    assert train_flops(module.model, batch) + matched_filter == seen_by_torch(module, batch)
+    matched_filter = 2 * batch.ids.numel() * CODEC.vocab_size * columns
+    assert module.flops(batch) + matched_filter == seen_by_torch(module, batch)
 
 
 def test_the_peak_is_the_rate_of_a_product():

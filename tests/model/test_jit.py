@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from ds_tokimg.diffusion.path import add_noise_to_timestep
-from ds_tokimg.diffusion.timesteps import TimestepSampler
+from ds_tokimg.diffusion.path import TimestepSampler, add_noise_to_timestep
 from ds_tokimg.model.config import JiTConfig, config_of_name, model_names
+from ds_tokimg.model.context import Patches, TeacherForced, WholeImage
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.tokens.codec import TokenCodec
 from tests.support.tiny import tiny_model
@@ -76,7 +76,7 @@ def test_every_weight_learns():
         noisy, mask = noisy_images([60, 20], torch.tensor([700, 300]))
         patches, slots = model.patchify(noisy)[:, :4], model.slot_mask(mask, noisy)[:, :4]
         condition = (patches[:, :2], slots[:, :2])
-        prediction = model.predict(patches, torch.tensor([700, 300]), slots, condition)
+        prediction = model.predict(Patches(patches, torch.tensor([700, 300]), slots), WholeImage(condition))
         (prediction.clean**2).sum().backward()
         silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert not silent
@@ -142,7 +142,7 @@ def test_a_mask_with_holes_is_the_same_as_dropping_the_patches():
     mask = model.unpatchify(torch.zeros(1, 16, 48).index_fill(1, keep, 1.0))[:, 0]
     result = model.patchify(model(noisy, t, mask=mask))[:, keep]
     slots = torch.ones(1, 5, 16, dtype=torch.bool)
-    dropped = model.predict(model.patchify(noisy)[:, keep], t, slots, positions=keep[None])
+    dropped = model.predict(Patches(model.patchify(noisy)[:, keep], t, slots, keep[None]))
     torch.testing.assert_close(result, dropped.clean, atol=1e-5, rtol=1e-5)
 
 
@@ -200,25 +200,21 @@ def test_a_block_sees_itself_and_what_is_clean_before_it(block_size, noisy_depth
     t = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) * 900 + 20
     noisy, _ = add_noise_to_timestep(clean, t, noise_like(clean))
     blocks = torch.arange(16) // block_size
-    together = model.predict(noisy, t, slot_mask, context=(clean, blocks)).clean
+    together = model.predict(Patches(noisy, t, slot_mask), TeacherForced(clean, blocks)).clean
     for block in range(int(blocks[-1]) + 1):
         now, until = blocks == block, blocks <= block
         # Noise in the other blocks, clean patches in later ones and in this one: none of them may matter.
         others = torch.where(now[:, None], noisy, torch.randn_like(noisy))
         known = torch.where((blocks < block)[:, None], clean, torch.randn_like(clean))
-        alone = model.predict(
-            others[:, until],
-            torch.where(now, t, 5.0)[:, until],
-            slot_mask[:, until],
-            context=(known[:, until], blocks[until]),
-        )
+        patches = Patches(others[:, until], torch.where(now, t, 5.0)[:, until], slot_mask[:, until])
+        alone = model.predict(patches, TeacherForced(known[:, until], blocks[until]))
         torch.testing.assert_close(alone.clean[:, now[until]], together[:, now], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize("noisy_depth", [0, 1])
 @pytest.mark.parametrize("block_size", [1, 3])
-def test_block_by_block_with_a_memory_is_all_blocks_at_once(block_size, noisy_depth, prompts):
+def test_block_by_block_with_a_cache_is_all_blocks_at_once(block_size, noisy_depth, prompts):
     """What sampling computes, one block after another, is what training computes, all at once."""
     model = tiny_model(CODEC, noisy_depth=noisy_depth)
     clean, mask = images_of([250, 90])
@@ -229,17 +225,19 @@ def test_block_by_block_with_a_memory_is_all_blocks_at_once(block_size, noisy_de
     t = torch.full((2,), 500.0)
     noisy, _ = add_noise_to_timestep(clean, t, noise_like(clean))
     blocks = torch.arange(16) // block_size
-    together = model.predict(noisy, t, slot_mask, condition, context=(clean, blocks)).clean
-    memory = model.remember(None, *condition, None) if prompts else model.empty_memory(slot_mask)
+    together = model.predict(Patches(noisy, t, slot_mask), TeacherForced(clean, blocks, condition)).clean
+    cache = model.empty_cache(slot_mask)
+    if prompts:
+        model.prefill(cache, *condition)
     positions = torch.arange(16).expand(2, 16)
     for start in range(0, 16, block_size):
         now = slice(start, start + block_size)
         place = positions[:, now]
-        for _ in range(2):  # looking does not change what is remembered
-            alone = model.predict(noisy[:, now], t, slot_mask[:, now], positions=place, memory=memory).clean
+        for _ in range(2):  # predicting does not change what is in the cache
+            alone = model.predict(Patches(noisy[:, now], t, slot_mask[:, now], place), cache).clean
         valid = slot_mask[:, now].any(-1)
         torch.testing.assert_close(alone[valid], together[:, now][valid], atol=1e-4, rtol=1e-4)
-        memory = model.remember(memory, clean[:, now], slot_mask[:, now], place)
+        model.prefill(cache, clean[:, now], slot_mask[:, now], place)
 
 
 @pytest.mark.parametrize("noisy_depth", [0, 1])
@@ -255,7 +253,7 @@ def test_earlier_blocks_matter_and_a_condition_is_seen_by_all(noisy_depth):
         shown[:, 0] += first
         condition = (prompt[0] + asked, prompt[1])
         t = torch.full((1, 16), 600.0)
-        return model.predict(noisy, t, slot_mask, condition, context=(shown, torch.arange(16))).clean
+        return model.predict(Patches(noisy, t, slot_mask), TeacherForced(shown, torch.arange(16), condition)).clean
 
     plain = predict()
     changed = (predict(first=0.5) - plain).abs().amax((0, 2))
@@ -277,7 +275,7 @@ def test_neighbours_matter_where_they_are_heard(options):
     changed = noisy.clone()
     changed[:, 1, :3] = -changed[:, 1, :3]  # the first token of the second patch
     t = torch.tensor([500.0])
-    pair = [model.predict(x, t, slot_mask).logits.flatten(1, 2).flatten(2) for x in (noisy, changed)]
+    pair = [model.predict(Patches(x, t, slot_mask)).logits.flatten(1, 2).flatten(2) for x in (noisy, changed)]
     differs = (pair[0] != pair[1]).any(-1)[0]
     assert differs[:16].nonzero().flatten().tolist() == [14, 15] and differs[16:32].all() and not differs[32:64].any()
 
@@ -314,7 +312,7 @@ def test_a_level_per_patch_belongs_to_its_patch():
     noisy, _ = add_noise_to_timestep(patches, t, noise_like(patches))
     result = model.patchify(model(model.unpatchify(noisy), t, mask=mask))
     for i in range(16):
-        alone = model.predict(noisy[:, i : i + 1], t[:, i], torch.ones(1, 1, 16, dtype=torch.bool))
+        alone = model.predict(Patches(noisy[:, i : i + 1], t[:, i], torch.ones(1, 1, 16, dtype=torch.bool)))
         torch.testing.assert_close(result[:, i : i + 1], alone.clean, atol=1e-5, rtol=0)
 
 
@@ -325,11 +323,11 @@ def test_only_relative_places_matter():
     noisy, _ = noisy_images([96], t)
     patches, slots = model.patchify(noisy)[:, :6], torch.ones(1, 6, 16, dtype=torch.bool)
     places = torch.arange(6)[None]
-    here = model.predict(patches, t, slots, positions=places).clean
-    torch.testing.assert_close(model.predict(patches, t, slots).clean, here)
-    there = model.predict(patches, t, slots, positions=places + 5).clean
+    here = model.predict(Patches(patches, t, slots, places)).clean
+    torch.testing.assert_close(model.predict(Patches(patches, t, slots)).clean, here)
+    there = model.predict(Patches(patches, t, slots, places + 5)).clean
     torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
-    shuffled = model.predict(patches, t, slots, positions=places.flip(1)).clean
+    shuffled = model.predict(Patches(patches, t, slots, places.flip(1))).clean
     assert (shuffled - here).abs().max() > 1e-3
 
 
@@ -400,7 +398,7 @@ def test_reading_takes_the_most_likely_token(posterior):
     model = tiny_model(codec, trained=False, posterior=posterior)
     image, mask = codec.encode(range(50), 16)
     slots = model.slot_mask(mask[None], image[None])
-    ids, invalid = model.read(model.predict(model.patchify(image[None]), torch.tensor([10]), slots))
+    ids, invalid = model.read(model.predict(Patches(model.patchify(image[None]), torch.tensor([10]), slots)))
     assert ids[slots].tolist() == list(range(50)) and not invalid[slots].any()
 
 
@@ -448,10 +446,10 @@ def test_the_posterior_follows_the_vocabulary_and_the_tokens_of_a_patch():
 @pytest.mark.parametrize("head", HEADS)
 def test_pretrained_round_trip(tmp_path, head):
     codec = TokenCodec(50, palette=np.random.default_rng(0).permutation(50))
-    model = tiny_model(codec, **head)
+    model = tiny_model(codec, block_size=2, **head)
     model.save_pretrained(tmp_path / "export")
     again = JiT.from_pretrained(tmp_path / "export")
-    assert again.config == model.config and not again.training
+    assert again.config == model.config and again.writing == model.writing and not again.training
     assert again.codec.to_dict() == codec.to_dict()
     noisy, mask = noisy_images([70], torch.tensor([300]))
     assert torch.equal(again(noisy, torch.tensor([300]), mask=mask), model(noisy, torch.tensor([300]), mask=mask))
@@ -497,13 +495,13 @@ def test_noisy_patches_that_enter_late_know_what_was_read_up_to_there():
     clean, mask = images_of([256])
     clean, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
     noisy, _ = add_noise_to_timestep(clean, torch.tensor([600.0]), noise_like(clean))
-    prompt, context = (clean[:, :2], slot_mask[:, :2]), (clean, torch.arange(16))
+    prompt = (clean[:, :2], slot_mask[:, :2])
     t = torch.full((1, 16), 600.0)
 
     def predict(condition=prompt):
         # Nothing but what they are shown: no attention in the block that they go through.
         nn.init.zeros_(model.blocks[1].attention.out.weight)
-        return model.predict(noisy, t, slot_mask, condition, context=context).clean
+        return model.predict(Patches(noisy, t, slot_mask), TeacherForced(clean, torch.arange(16), condition)).clean
 
     before, alone = predict(), predict(None)
     model.blocks[0].mlp.down.weight.data.add_(0.1)
@@ -522,8 +520,8 @@ def test_the_network_is_told_no_noise_level_that_training_has_not():
     noisiest, cleanest = TimestepSampler("band", CODEC.radix)(torch.tensor([0.0, 1.0]))
     levels = torch.tensor([noisiest, 999.0, 300.0, cleanest, 0.0])
     patches, mask = torch.zeros(5, 16, model.slots * CODEC.digits_per_token), torch.ones(5, 16, model.slots) > 0
-    model.predict(patches, levels, mask)
+    model.predict(Patches(patches, levels, mask))
     expected = torch.tensor([noisiest, noisiest, 300.0, cleanest, cleanest])
     torch.testing.assert_close(told[0][:, 0], expected, rtol=1e-3, atol=0)
-    model.predict(patches, levels, mask, condition=(patches, mask))
+    model.predict(Patches(patches, levels, mask), WholeImage((patches, mask)))
     assert not told[2].any() or not told[1].any()  # what is shown without noise is told so

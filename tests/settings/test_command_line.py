@@ -317,7 +317,7 @@ def test_import_is_lazy_and_complete():
     )
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("command", entry.COMMANDS)
 def test_help_imports_nothing_that_takes_seconds(command):
     run_python(
         "import sys; from ds_tokimg.__main__ import main\n"
@@ -333,7 +333,7 @@ def test_a_mistake_in_the_flags_is_told_before_anything_is_imported():
 
 
 def test_every_choice_is_known_where_it_is_used():
-    from ds_tokimg.model.jit import POSTERIORS
+    from ds_tokimg.model.heads.build import POSTERIORS
 
     assert set(choices.POSTERIORS) == {"auto", *POSTERIORS}
 

@@ -21,7 +21,7 @@ from ds_tokimg.engine.engine import TrainEngine, init_distributed
 POSITIONS = 6
 _context = multiprocessing.get_context("forkserver")
 # torch imports its compiler with the first optimiser.
-_context.set_forkserver_preload(["ds_tokimg.engine", "torch._dynamo"])
+_context.set_forkserver_preload(["ds_tokimg.engine.engine", "torch._dynamo"])
 
 
 def run_ranks(world_size: int, function, *args, timeout: float = 60.0) -> list:
@@ -98,6 +98,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Tensors(dict):
+    """A batch: tensors by name."""
+
+    def to(self, device) -> Tensors:
+        return Tensors({name: value.to(device) for name, value in self.items()})
+
+
 class TinyModule(nn.Module):
     """A regression with matrices and vectors of odd sizes, so that every partition of them is padded."""
 
@@ -106,32 +113,33 @@ class TinyModule(nn.Module):
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.LayerNorm(13), nn.Linear(13, 5))
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Tensors) -> dict[str, Tensor]:
         """batch: x [B, T, 7], y [B, T, 5], mask [B, T] -> {"loss_sum", "inputs" (sum of all valid x)}."""
         prediction = self.model(batch["x"].to(self.model[0].weight.dtype)).float()
         squared_error = ((prediction - batch["y"]) ** 2).sum(-1)  # [B, T]
         inputs = (batch["x"] * batch["mask"][..., None]).sum()
         return {"loss_sum": (squared_error * batch["mask"]).sum(), "inputs": inputs}
 
-    def count(self, batch: dict[str, Tensor]) -> int:
+    def count(self, batch: Tensors) -> int:
         """Valid positions."""
         return int(batch["mask"].sum())
 
 
-def make_batch(step: int, size: int = 8) -> dict[str, Tensor]:
+def make_batch(step: int, size: int = 8) -> Tensors:
     """Train batch of a step: texts of 0 to T valid positions."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(size, POSITIONS, 7, generator=generator)
     y = torch.randn(size, POSITIONS, 5, generator=generator)
     lengths = torch.randint(0, POSITIONS + 1, (size, 1), generator=generator)
     lengths[0] = POSITIONS
-    return {"x": x, "y": y, "mask": (torch.arange(POSITIONS) < lengths).float()}
+    return Tensors(x=x, y=y, mask=(torch.arange(POSITIONS) < lengths).float())
 
 
-def cut(batch: dict[str, Tensor], rank: int, world_size: int, accumulation: int) -> list[dict[str, Tensor]]:
+def cut(batch: Tensors, rank: int, world_size: int, accumulation: int) -> list[Tensors]:
     """This rank's micro-batches: equal shares of the train batch."""
     pieces = {name: value.chunk(world_size * accumulation) for name, value in batch.items()}
-    return [{name: p[rank * accumulation + i] for name, p in pieces.items()} for i in range(accumulation)]
+    places = range(rank * accumulation, (rank + 1) * accumulation)
+    return [Tensors({name: p[place] for name, p in pieces.items()}) for place in places]
 
 
 def engine_config(stage: int, world_size: int, accumulation: int = 1, size: int = 8, **blocks) -> dict:

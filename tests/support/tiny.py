@@ -8,25 +8,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ds_tokimg.data.batch import BatchMaker, BatchPacker, Draws
 from ds_tokimg.diffusion.path import alpha_sigma
-from ds_tokimg.diffusion.writing import RUN
+from ds_tokimg.diffusion.writing import RUN, Writing
 from ds_tokimg.model.config import JiTConfig
+from ds_tokimg.model.context import KVCache, Patches, TeacherForced, WholeImage
+from ds_tokimg.model.heads.base import Prediction
 from ds_tokimg.model.heads.tokens import TokenHead
 from ds_tokimg.model.jit import JiT
-from ds_tokimg.model.prediction import Prediction
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.tokens.layout import PatchLayout
+from ds_tokimg.training.objective import TrainingLoss
 
 
-def tiny_model(codec: TokenCodec, *, trained: bool = True, **options) -> JiT:
+def tiny_model(codec: TokenCodec, *, trained: bool = True, block_size: int = 0, **options) -> JiT:
     """A JiT of two small blocks. `trained`: every weight is random, so that no path through it is silent."""
     shape = {"depth": 2, "width": 32, "heads": 2, "patch_size": 4, "img_size": 16}
     torch.manual_seed(0)
-    model = JiT(codec, JiTConfig(**shape | options))
+    model = JiT(codec, JiTConfig(**shape | options), block_size)
     if trained:
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
+
+
+def maker_of(module: TrainingLoss, seed: int = 0, **draws) -> BatchMaker:
+    """Makes the batches that a module is trained on."""
+    packer = BatchPacker(layout_of(module.model), module.model.writing.block_size)
+    return BatchMaker(packer, module.timesteps, seed, Draws(**draws))
 
 
 def layout_of(model) -> PatchLayout:
@@ -65,6 +74,7 @@ class ExactModel(nn.Module):
         texts: {text, a tuple of ids, all of one length: probability}.
         patch_size, img_size: of the images the texts are written into.
         in_turn: tokens are drawn in turn.
+        block_size: as a JiT is written.
     """
 
     def __init__(
@@ -74,6 +84,7 @@ class ExactModel(nn.Module):
         patch_size: int = 1,
         img_size: int = 4,
         in_turn: bool = False,
+        block_size: int = 0,
     ):
         super().__init__()
         self.codec = codec
@@ -81,41 +92,39 @@ class ExactModel(nn.Module):
         self.config = JiTConfig(1, 4, 1, **shape)
         self.slots = (patch_size // codec.token_size) ** 2
         self.head = TokenHead(codec, self.slots, 4)
+        self.writing = Writing.of_model(block_size, self.slots, in_turn, whole_tokens=True)
+        self.layout = layout_of(self)
         self.texts = torch.tensor(list(texts))  # [texts, length]
         self.log_prior = torch.tensor(list(texts.values()), dtype=torch.float64).log()  # [texts]
         self.evaluations: list[Tensor] = []  # the timesteps of all calls
 
-    def predict(
-        self,
-        noisy,
-        t,
-        slot_mask,
-        condition=None,
-        positions=None,
-        context=None,
-        memory=None,
-        in_turn=None,
-    ) -> Prediction:
+    def predict(self, patches: Patches, seen=WholeImage(), drawn=None) -> Prediction:  # noqa: B008
+        noisy, t, *_ = patches
         self.evaluations.append(t)
-        if in_turn is not None:
+        if drawn is not None:
             known = self.posterior(noisy, t).flatten(1, 2)
             for turn in range(min(RUN, known.shape[1])):
-                known[:, turn::RUN] = self.posterior(noisy, t, (turn, in_turn[0])).flatten(1, 2)[:, turn::RUN]
+                known[:, turn::RUN] = self.posterior(noisy, t, (turn, drawn.ids)).flatten(1, 2)[:, turn::RUN]
             return Prediction.of_logits(self.head, known.unflatten(1, (-1, self.slots)).log().float())
         if self.config.in_turn:
             return ExactInTurn(self, noisy, t)
-        if memory is not None:  # the patches so far, then these
-            level = torch.cat([t.new_zeros(memory.shape[:2]), t[:, None].expand(noisy.shape[:2])], 1)
-            probabilities = self.posterior(torch.cat([memory, noisy], 1), level)[:, memory.shape[1] :]
-            return Prediction.of_logits(self.head, probabilities.log().float())
-        probabilities = self.posterior(noisy, t) if context is None else self._from_left_to_right(noisy, t, *context)
+        if isinstance(seen, KVCache):  # the patches so far, then these
+            clean = seen.patches if seen.patches is not None else noisy[:, :0]
+            level = torch.cat([t.new_zeros(clean.shape[:2]), t[:, None].expand(noisy.shape[:2])], 1)
+            probabilities = self.posterior(torch.cat([clean, noisy], 1), level)[:, clean.shape[1] :]
+        elif isinstance(seen, TeacherForced):
+            probabilities = self._from_left_to_right(noisy, t, seen.clean, seen.blocks)
+        else:
+            probabilities = self.posterior(noisy, t)
         return Prediction.of_logits(self.head, probabilities.log().float())
 
-    def empty_memory(self, slot_mask):
-        return None
+    def empty_cache(self, slot_mask):
+        cache = KVCache(0, len(slot_mask), slot_mask.device)
+        cache.patches = None
+        return cache
 
-    def remember(self, memory, patches, slot_mask, positions):
-        return patches if memory is None else torch.cat([memory, patches], 1)
+    def prefill(self, cache, patches, slot_mask, positions):
+        cache.patches = patches if cache.patches is None else torch.cat([cache.patches, patches], 1)
 
     def _from_left_to_right(self, noisy: Tensor, t: Tensor, clean: Tensor, blocks: Tensor) -> Tensor:
         """Block by block: what comes before it is shown without noise, what comes after it as nothing but noise."""

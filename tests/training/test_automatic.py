@@ -24,9 +24,15 @@ def test_the_learning_rate_is_that_of_the_recipe_and_halves_as_the_width_doubles
     assert decided("--model", "JiT-B/2")[0].lr == 1.5e-3
 
 
+def test_fine_tuning_takes_half_of_it():
+    config, words = decided("--init_from", "a run")
+    assert config.lr == 3e-3
+    assert words[0] == "lr 0.003 for JiT-XS/2 from trained weights"
+
+
 def test_the_train_batch_grows_with_the_square_root_of_the_corpus():
-    sizes = [decided(images=images)[0].train_batch_size for images in (10, 2000, 8000, 32000, 2_000_000)]
-    assert sizes == [4, 4, 8, 16, 128]
+    sizes = [decided(images=images)[0].train_batch_size for images in (10, 2143, 16_000, 100_000, 10_000_000)]
+    assert sizes == [4, 4, 8, 16, 64]
     assert decided("--recipe", "left-to-right", images=8000)[0].train_batch_size == 4
 
 
@@ -44,13 +50,13 @@ def test_what_is_given_stays():
     assert decided(*argv) == (config_of(*argv), [])
     raw = {"optimizer": {"params": {"lr": 0.1}}, "train_batch_size": 10}
     config, lines = decided(raw=raw, images=1000)
-    assert (config.lr, config.train_batch_size, config.epochs) == (None, None, 10)
-    assert lines == ["automatic: 10 epoch(s) for 1,000 steps"]
+    assert (config.lr, config.train_batch_size, config.epochs) == (None, None, 8)
+    assert lines == ["8 epoch(s) for 800 steps"]
 
 
 def test_a_micro_batch_fixes_the_train_batch_too():
     config = decided("--batch_size", "5", images=1000, world_size=2)[0]
-    assert (config.train_batch_size, config.epochs) == (None, 10)
+    assert (config.train_batch_size, config.epochs) == (None, 8)
 
 
 def test_a_resumed_run_keeps_its_train_batch():
@@ -58,10 +64,9 @@ def test_a_resumed_run_keeps_its_train_batch():
     assert (config.train_batch_size, config.epochs) == (None, 1)
 
 
-def test_the_line_says_what_was_decided_and_why():
-    assert decided()[1] == [
-        "automatic: lr 0.006 for JiT-XS/2, train batch 4 for 2,000 images, 2 epoch(s) for 1,000 steps"
-    ]
+def test_words_say_what_was_decided_and_why():
+    expected = ["lr 0.006 for JiT-XS/2", "train batch 4 for 2,000 images", "2 epoch(s) for 1,000 steps"]
+    assert decided()[1] == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 1000])

@@ -6,19 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from ds_tokimg.diffusion.band import bound_range
+from ds_tokimg.data.batch import Batch, Canvas
 from ds_tokimg.diffusion.levels import NoiseLevels
-from ds_tokimg.diffusion.path import log_snr
+from ds_tokimg.diffusion.path import bound_range, log_snr
+from ds_tokimg.diffusion.writing import Writing
 from ds_tokimg.tokens.codec import TokenCodec
-from ds_tokimg.training.bound import bits_per_token, decoding_nats, estimate_bound, prior_nats
+from ds_tokimg.training.bound import BoundOptions, Share, bits_per_token, decoding_nats, estimate_bound, prior_nats
 from ds_tokimg.training.objective import TrainingLoss
 from tests.support.tiny import ExactModel, Texts, correlated_texts, layout_of, random_texts, tiny_model
 
+# All patches are one block, drawn in one step whether that is exact or not.
+ONE_STEP = Writing(16, exact_patches=16)
 
-def bound_of(model, texts, objective="mse", **options):
-    module = TrainingLoss(model, objective)
-    arguments = {"timesteps": module.timesteps, "num_levels": 8} | options
-    return estimate_bound(lambda batch: module(batch, per_patch=True), texts, layout_of(model), **arguments)
+
+def bound_of(model, texts, objective="mse", writing=None, **options):
+    """By the model's own path, or another one."""
+    return bound_of_module(TrainingLoss(model, objective), texts, writing or model.writing, **options)
+
+
+def bound_of_module(module, texts, writing, **options):
+    def forward(batch):
+        return module(batch, per_patch=True)
+
+    return estimate_bound(forward, texts, layout_of(module.model), module.timesteps, writing, BoundOptions(**options))
 
 
 def draw_texts(distribution: dict, count: int, seed: int = 0) -> Texts:
@@ -43,8 +53,8 @@ def draw_texts(distribution: dict, count: int, seed: int = 0) -> Texts:
 )
 def test_an_untrained_posterior_head_needs_log2_of_the_vocabulary(vocab_size, options, bits):
     model = tiny_model(TokenCodec(vocab_size), trained=False, **options)
-    one_step = options["posterior"] == "tree"
-    bound = bound_of(model, random_texts(vocab_size, [256] * 24 + [50, 7, 1]), num_levels=16, one_step=one_step)
+    writing = ONE_STEP if options["posterior"] == "tree" else None
+    bound = bound_of(model, random_texts(vocab_size, [256] * 24 + [50, 7, 1]), writing=writing, num_levels=16)
     if bits is None:  # takes digits for uniform: the cross-entropy of their likelihoods, up to 3 log2(7)
         assert math.log2(300) < bound.bits_per_token < 3 * math.log2(7) + 4 * bound.standard_error
     else:
@@ -79,7 +89,9 @@ def test_exact_posterior_gives_the_code_length_in_one_step_where_tokens_stand_al
     """Exactly: at full noise the posterior is the distribution of the next token."""
     source = correlated_texts(3, 4)
     texts = draw_texts(source, 100)
-    bound = bound_of(ExactModel(TokenCodec(3), source), texts, num_levels=1, block_size=1, one_step=True)
+    model = ExactModel(TokenCodec(3), source, block_size=1)
+    assert model.writing.one_step
+    bound = bound_of(model, texts, num_levels=1)
     exact = [-math.log(source[tuple(text)]) for text in texts.texts]
     np.testing.assert_allclose(bound.nats, exact, rtol=0.02)
     assert bound.bits_per_token == pytest.approx(sum(exact) / math.log(2) / 400, rel=2e-3)
@@ -88,7 +100,7 @@ def test_exact_posterior_gives_the_code_length_in_one_step_where_tokens_stand_al
 def test_one_step_cannot_make_tokens_agree():
     """The bound of drawing dependent tokens together in one step is the sum of their own entropies."""
     source = {(0, 0): 0.5, (1, 1): 0.5}
-    bound = bound_of(ExactModel(TokenCodec(2), source), draw_texts(source, 200), num_levels=1, one_step=True)
+    bound = bound_of(ExactModel(TokenCodec(2), source), draw_texts(source, 200), writing=ONE_STEP, num_levels=1)
     assert bound.bits_per_token == pytest.approx(1.0, rel=0.02)  # together they have one bit, not two
 
 
@@ -102,8 +114,9 @@ def test_in_turn_tokens_agree_in_one_step():
     """Which they cannot when they are drawn independently of each other (above)."""
     source = correlated_texts(4, 3)
     texts = draw_texts(source, 100)
-    model = ExactModel(TokenCodec(4), source, patch_size=2, in_turn=True)
-    bound = bound_of(model, texts, num_levels=1, one_step=True, in_turn=True)
+    model = ExactModel(TokenCodec(4), source, patch_size=2, in_turn=True, block_size=4)
+    assert model.writing.one_step
+    bound = bound_of(model, texts, num_levels=1)
     exact = [-math.log(source[tuple(text)]) for text in texts.texts]
     np.testing.assert_allclose(bound.nats, exact, rtol=0.02)
 
@@ -112,14 +125,16 @@ def test_the_objective_is_averaged_over_the_levels_before_tokens_are_drawn():
     """An untrained head reads a token off its own noise: what is left to know is log V at first, and falls."""
     model = tiny_model(TokenCodec(64), trained=False, in_turn=True)
     texts = random_texts(64, [256] * 8)
-    whole, before = (bound_of(model, texts, "ce", num_levels=16, in_turn=in_turn).loss for in_turn in (False, True))
+    writings = (model.writing.asked(many_steps=many_steps) for many_steps in (True, False))
+    whole, before = (bound_of(model, texts, "ce", writing, num_levels=16).loss for writing in writings)
     assert whole < before < math.log(64)
 
 
 def check_code_length(source, codec, patch_size=1, block_size=0, in_turn=False):
     texts = draw_texts(source, 600)
     model = ExactModel(codec, source, patch_size, in_turn=in_turn)
-    bound = bound_of(model, texts, num_levels=16, block_size=block_size, in_turn=in_turn)
+    writing = Writing(block_size, in_turn)
+    bound = bound_of(model, texts, writing=writing, num_levels=16)
     exact = np.array([-math.log(source[tuple(text)]) for text in texts.texts])
     error = bound.nats - exact
     assert abs(error.mean()) < 4 * error.std() / math.sqrt(600) + 1e-4
@@ -215,7 +230,7 @@ def test_more_levels_agree_and_err_less():
 
 def test_the_path_from_left_to_right_of_one_block_is_the_plain_one():
     model, texts = tiny_model(TokenCodec(64)), random_texts(64, [64, 33, 7])
-    plain, blocks = (bound_of(model, texts, num_levels=64, block_size=size) for size in (0, 16))
+    plain, blocks = (bound_of(model, texts, writing=Writing(size), num_levels=64) for size in (0, 16))
     assert blocks.bits_per_token == pytest.approx(plain.bits_per_token, rel=1e-5)
 
 
@@ -256,10 +271,10 @@ def test_ranks_share_the_work(world_size):
             barrier.wait()
             return total
 
-        results[rank] = estimate_bound(
-            forward, texts, layout_of(model), timesteps=module.timesteps, patches_per_batch=4,
-            rank=rank, world_size=world_size, all_reduce=all_reduce,
-        )  # fmt: skip
+        share = Share(rank, world_size, all_reduce)
+        options = BoundOptions(patches_per_batch=4)
+        layout = layout_of(model)
+        results[rank] = estimate_bound(forward, texts, layout, module.timesteps, model.writing, options, share)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -284,9 +299,7 @@ def test_the_reported_loss_is_that_of_training(objective, timesteps):
     codec = TokenCodec(64)
     model, texts = tiny_model(codec, trained=False), random_texts(64, [64] * 60)
     module = TrainingLoss(model, objective, timesteps)
-    reported = estimate_bound(
-        lambda batch: module(batch, per_patch=True), texts, layout_of(model), timesteps=module.timesteps, num_levels=32
-    ).loss
+    reported = bound_of_module(module, texts, model.writing, num_levels=32).loss
     if objective == "elbo":
         # In expectation what the bound's integral is over the levels that are trained, all of it for `uniform`.
         expected = {"band": 0.99, "uniform": 1.0}[timesteps] * math.log(64)
@@ -295,7 +308,7 @@ def test_the_reported_loss_is_that_of_training(objective, timesteps):
         noise = torch.randn(60, 4, 48, generator=torch.Generator().manual_seed(0))
         values = []
         for k, t in enumerate(module.timesteps((torch.arange(60 * 20) + 0.5).double() / 1200).view(60, 20).T):
-            rows = module({"ids": ids, "mask": mask, "noise": noise.roll(k, 0), "t": t}, per_patch=True)["loss"]
+            rows = module(Batch(ids, mask, t, noise.roll(k, 0)), per_patch=True)["loss"]
             values.append(float((rows.sum(1) * bound_range(4).holds(log_snr(t))).sum().detach() / mask.sum()))
         expected = np.mean(values)
     assert reported == pytest.approx(expected, rel=0.03)
@@ -330,16 +343,14 @@ def test_an_answer_is_scored_with_the_end_tokens_after_it():
         seen.append(batch)
         return module(batch, per_patch=True)
 
-    bound = estimate_bound(
-        forward, texts, layout_of(model), timesteps=module.timesteps, conditional=True, canvas=2, eos_id=9,
-        num_levels=4, patches_per_batch=1,
-    )  # fmt: skip
+    options = BoundOptions(num_levels=4, conditional=True, canvas=Canvas(2, 9), patches_per_batch=1)
+    bound = estimate_bound(forward, texts, layout_of(model), module.timesteps, model.writing, options)
     assert bound.tokens.tolist() == [5, 40, 20]
-    scored = sorted(int(batch["mask"].sum()) for batch in seen[::4])
+    scored = sorted(int(batch.mask.sum()) for batch in seen[::4])
     assert scored == [20, 32, 48]  # no prompt: as it is; canvas of 2 patches; an answer longer than the canvas
-    answer = next(batch for batch in seen if batch["mask"].sum() == 32)
-    assert (answer["ids"].flatten()[5:] == 9).all()
-    assert answer["condition_ids"][answer["condition_mask"]].tolist() == texts.prompts[0].tolist()
+    answer = next(batch for batch in seen if batch.mask.sum() == 32)
+    assert (answer.ids.flatten()[5:] == 9).all()
+    assert answer.prompt.ids[answer.prompt.mask].tolist() == texts.prompts[0].tolist()
     # 32 tokens of 6 bits each
     assert bound.nats[0] == pytest.approx(32 * math.log(64), rel=0.35)
 
@@ -354,7 +365,7 @@ def test_bits_per_token_of_lists():
     plain, given = bits_per_token(trained, texts), bits_per_token(trained, texts, prompts=[[5] * 20, []])
     assert plain != given
     from_left = bits_per_token(trained, texts, block_size=2)
-    assert from_left == bound_of(trained.eval(), Texts(texts), block_size=2).bits_per_token != plain
+    assert from_left == bound_of(trained.eval(), Texts(texts), writing=Writing(2)).bits_per_token != plain
 
 
 def test_nothing_to_bound():

@@ -61,6 +61,17 @@ def test_the_batch_and_the_schedule(shipped_plan, corpus):
     assert batch["tokens_per_step"] == pytest.approx(8 * data["tokens_per_image"], abs=1)
 
 
+def test_what_is_left_open_is_decided_as_in_a_run(corpus):
+    """Also on more ranks than a train batch has texts."""
+    flags = ["--data_path", str(corpus), "--model", "JiT-XS/4", "--img_size", "16", "--vocab_size", "300"]
+    report = forecast.make_plan(train_config(flags), read(SHIPPED), dataclasses.replace(CPU, world_size=8))
+    batch = report["batch"]
+    assert (batch["train_batch_size"], batch["micro_batch"], batch["accumulation"]) == (4, 1, 1)
+    assert report["engine"]["lr"] == 6e-3
+    assert report["recipe"] == "at-once"
+    assert [what.split()[0] for what in report["automatic"]] == ["lr", "train", str(report["schedule"]["epochs"])]
+
+
 def test_parameters_are_those_of_the_model(shipped_plan, corpus):
     module = assemble(settings(corpus), OnlyRank(), None).module
     assert shipped_plan["model"]["parameters"] == sum(p.numel() for p in module.parameters())
@@ -133,6 +144,10 @@ def test_half_precision_has_no_stage_0(corpus):
     report = planned(corpus, "--use_amp")
     assert report["engine"]["precision"] == "bf16"
     assert [row["stage"] for row in report["memory"]["stages"]] == [1, 2, 3]
+
+
+def test_a_learnt_noise_schedule_needs_no_memory_worth_planning(corpus):
+    assert planned(corpus, "--timesteps", "entropic")["memory"] == planned(corpus, "--timesteps", "band")["memory"]
 
 
 def test_conditions_and_no_averages(tmp_path):

@@ -1,19 +1,19 @@
 """Trained models on sources whose entropy is known: no figure lies below it, and training comes close to it."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.references import Autoregressive, MaskedDiffusion, bits
-from ds_tokimg.data.batch import BatchMaker
 from ds_tokimg.model.config import JiTConfig
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.tokens.codec import TokenCodec
-from ds_tokimg.training.bound import estimate_bound
+from ds_tokimg.training.bound import BoundOptions, estimate_bound
 from ds_tokimg.training.objective import TrainingLoss
-from tests.support.tiny import Texts, layout_of
+from tests.support.tiny import Texts, layout_of, maker_of
 
 VOCAB_SIZE, LENGTH = 8, 32
 
@@ -59,19 +59,18 @@ def bound_of_ours(source: Source, held_out: Texts, block_size: int, in_turn: boo
     texts = source.texts(32_000, seed=0)
     torch.manual_seed(0)
     shape = {"patch_size": 2, "img_size": 16, "noisy_depth": 1 if block_size else 0, "in_turn": in_turn}
-    model = JiT(TokenCodec(VOCAB_SIZE), JiTConfig(2, 48, 2, **shape))
-    module, layout = TrainingLoss(model), layout_of(model)
-    settings = {"patch_noise": 0.0 if block_size else 0.5, "block_size": block_size, "in_turn": 0.5 if in_turn else 0.0}
-    maker = BatchMaker(layout, module.timesteps, 0, **settings)
+    model = JiT(TokenCodec(VOCAB_SIZE), JiTConfig(2, 48, 2, **shape), block_size)
+    module = TrainingLoss(model)
+    maker = maker_of(module, patch_noise=0.0 if block_size else 0.5, in_turn=0.5 if in_turn else 0.0)
 
     def loss_of(indices):
         batch = maker(texts, indices, indices, 0)
         return module(batch)["loss_sum"] / module.count(batch)
 
     train(module, loss_of)
-    options = {"timesteps": module.timesteps, "num_levels": 16, "block_size": block_size, "in_turn": in_turn}
+    forward, options = partial(module, per_patch=True), BoundOptions(num_levels=16)
     with torch.no_grad():
-        bound = estimate_bound(lambda batch: module(batch, per_patch=True), held_out, layout, **options)
+        bound = estimate_bound(forward, held_out, layout_of(model), module.timesteps, model.writing, options)
     return bound.bits_per_token, bound.standard_error
 
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from ds_tokimg.data.batch import BatchMaker
 from ds_tokimg.diffusion.path import add_noise_to_timestep
 from ds_tokimg.inference.sampler import SamplingOptions, sample
-from ds_tokimg.model.local_window import InTurn, Neighbours
+from ds_tokimg.model.context import Drawn, Patches, TeacherForced, WholeImage
+from ds_tokimg.model.layers import InTurn, Neighbours
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.objective import TrainingLoss
-from tests.support.tiny import layout_of, random_texts, tiny_model
+from tests.support.tiny import layout_of, maker_of, random_texts, tiny_model
 
 CODEC = TokenCodec(50)
 LENGTHS = [64, 30, 5]
@@ -62,8 +62,8 @@ def test_a_token_hears_without_noise_what_was_drawn_before_it(in_blocks):
 def test_turn_by_turn_is_what_training_predicts_at_once(posterior, prompts):
     model = tiny_model(CODEC, patch_size=2, posterior=posterior, in_turn=True)
     _, noisy, ids, mask, t, condition = patches_of(model, prompts=prompts)
-    together = model.predict(noisy, t, mask, condition, in_turn=(ids, None)).logits
-    prediction = model.predict(noisy, t, mask, condition)
+    together = model.predict(Patches(noisy, t, mask), WholeImage(condition), Drawn(ids)).logits
+    prediction = model.predict(Patches(noisy, t, mask), WholeImage(condition))
     for turn in range(16):
         is_known = (torch.arange(ids[0].numel()) % 16 < turn).view(ids[0].shape)
         logits = prediction.logits_in_turn(turn, torch.where(is_known, ids, 0))
@@ -77,28 +77,31 @@ def test_from_left_to_right_turn_by_turn_is_what_training_predicts_at_once(block
     clean, noisy, ids, mask, t, condition = patches_of(model, prompts=True)
     places = torch.arange(clean.shape[1])
     blocks = places // block_size
-    together = model.predict(noisy, t, mask, condition, context=(clean, blocks), in_turn=(ids, None)).logits
-    memory, positions = model.remember(None, *condition, None), places.expand(3, -1)
+    seen = TeacherForced(clean, blocks, condition)
+    together = model.predict(Patches(noisy, t, mask), seen, Drawn(ids)).logits
+    cache, positions = model.empty_cache(mask), places.expand(3, -1)
+    model.prefill(cache, *condition)
     for first in range(0, len(places), block_size):
         now = slice(first, first + block_size)
-        prediction = model.predict(noisy[:, now], t, mask[:, now], positions=positions[:, now], memory=memory)
+        prediction = model.predict(Patches(noisy[:, now], t, mask[:, now], positions[:, now]), cache)
         for turn in range(min(16, mask[0, now].numel())):
             here = mask[:, now].flatten(1)[:, turn::16]
             expected = together[:, now].flatten(1, 2)[:, turn::16]
             logits = prediction.logits_in_turn(turn, ids[:, now])
             torch.testing.assert_close(logits[here], expected[here], atol=1e-4, rtol=1e-4)
-        memory = model.remember(memory, clean[:, now], mask[:, now], positions[:, now])
+        model.prefill(cache, clean[:, now], mask[:, now], positions[:, now])
 
 
 def test_a_token_knows_none_that_is_drawn_after_it():
     """The chain rule: the log-probabilities of a text's tokens add up to one of the text."""
     model = tiny_model(CODEC, patch_size=2, in_turn=True)
     _, noisy, ids, mask, t, _ = patches_of(model)
-    before = model.predict(noisy, t, mask, in_turn=(ids, None)).logits
+    patches = Patches(noisy, t, mask)
+    before = model.predict(patches, drawn=Drawn(ids)).logits
     turns = torch.arange(ids[0].numel()) % 16
     for turn in range(16):
         other = torch.where((turns == turn).view(ids[0].shape), (ids + 1) % 50, ids)
-        changed = (model.predict(noisy, t, mask, in_turn=(other, None)).logits != before).any(-1).flatten(1)
+        changed = (model.predict(patches, drawn=Drawn(other)).logits != before).any(-1).flatten(1)
         # Two tokens on either side hear it, those of a later turn.
         assert changed[0].nonzero().flatten().tolist() == [
             place
@@ -111,8 +114,9 @@ def test_only_some_texts_are_predicted_in_turn():
     model = tiny_model(CODEC, patch_size=2, in_turn=True)
     _, noisy, ids, mask, t, _ = patches_of(model)
     rows = torch.tensor([True, False, True])
-    mixed = model.predict(noisy, t, mask, in_turn=(ids, rows)).logits
-    in_turn, plain = (model.predict(noisy, t, mask, in_turn=turn).logits for turn in ((ids, None), None))
+    patches = Patches(noisy, t, mask)
+    mixed = model.predict(patches, drawn=Drawn(ids, rows)).logits
+    in_turn, plain = (model.predict(patches, drawn=drawn).logits for drawn in (Drawn(ids), None))
     torch.testing.assert_close(mixed, torch.where(rows.view(3, 1, 1, 1), in_turn, plain))
 
 
@@ -141,19 +145,17 @@ def test_tokens_are_drawn_in_turn_where_they_share_a_patch_and_hear_each_other(o
 # ---- training ----
 
 
-def module_and_batch(in_turn=0.5, patch_noise=0.5, **options):
-    model = tiny_model(CODEC, patch_size=2, in_turn=True)
-    block_size = options.get("block_size", 0)
-    module = TrainingLoss(model, timesteps="noisy" if block_size == 1 else "band", block_size=block_size)
-    settings = {"in_turn": in_turn, "patch_noise": patch_noise} | options
-    maker = BatchMaker(layout_of(model), module.timesteps, 0, **settings)
+def module_and_batch(in_turn=0.5, patch_noise=0.5, block_size=0):
+    model = tiny_model(CODEC, patch_size=2, in_turn=True, block_size=block_size)
+    module = TrainingLoss(model, timesteps="noisy" if block_size == 1 else "band")
+    maker = maker_of(module, patch_noise=patch_noise, in_turn=in_turn)
     return module, maker(random_texts(50, [64, 30, 5, 60, 61, 64]), np.arange(6), np.arange(6), epoch=0)
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.5, [1, 3, 5]), (1.0, [0, 1, 2, 3, 4, 5]), (1 / 3, [2, 5])])
 def test_a_share_of_the_samples(share, rows):
     _, batch = module_and_batch(in_turn=share)
-    assert batch["in_turn"].nonzero().flatten().tolist() == rows
+    assert batch.in_turn.nonzero().flatten().tolist() == rows
 
 
 def test_progress_leaves_out_what_is_predicted_in_turn():
@@ -169,9 +171,9 @@ def test_progress_of_single_patches_is_that_of_drawing_their_tokens_at_full_nois
     module, batch = module_and_batch(in_turn=1.0, patch_noise=0.0, block_size=1)
     module.measure_bound = True
     result = module(batch)
-    noisiest = batch["t"] > module.model.noisiest - 1e-2
+    noisiest = batch.t > module.model.noisiest - 1e-2
     nats = module(batch, per_patch=True)["nats"][noisiest]
-    assert result["bound_tokens"] == batch["mask"][noisiest].sum() > 0
+    assert result["bound_tokens"] == batch.mask[noisiest].sum() > 0
     assert float(result["bound_nats"]) == pytest.approx(float(nats.sum().detach()), rel=1e-5)
 
 
@@ -182,7 +184,7 @@ def test_progress_of_single_patches_is_that_of_drawing_their_tokens_at_full_nois
 def test_a_run_alone_is_drawn_in_one_step(block_size, evaluations):
     model = tiny_model(CODEC, patch_size=2, in_turn=True).eval()
     times, original = [], model.predict
-    model.predict = lambda z, t, *a, **k: times.append(float(t[0])) or original(z, t, *a, **k)
+    model.predict = lambda patches, *a: times.append(float(patches.t[0])) or original(patches, *a)
     sample(model, [4], SamplingOptions(block_size=block_size))
     assert len(times) == evaluations
 

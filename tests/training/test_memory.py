@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from ds_tokimg.data.batch import Batch
 from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.engine.engine import TrainEngine
 from ds_tokimg.model.config import config_of_name
@@ -25,7 +26,7 @@ from ds_tokimg.training.memory import (
     rank_memory,
 )
 from ds_tokimg.training.objective import TrainingLoss
-from tests.support.distributed import engine_config, run_ranks
+from tests.support.distributed import Tensors, engine_config, run_ranks
 
 LAYERS, WIDTH = 16, 128
 PARAMETERS = LAYERS * WIDTH**2
@@ -69,8 +70,8 @@ def measure(dist, cases: list, folder: str) -> list[tuple[int, int]]:
         config = engine_config(stage, dist.world_size, accumulation=2, **blocks)
         config["zero_optimization"] |= ZERO
         before = live_storages()  # some are an earlier engine's, and would go in the middle of this one's life
-        engine = TrainEngine(Stack(), config, [0.9], dist)
-        batches = [{"x": torch.randn(1, WIDTH)} for _ in range(2)]
+        engine = TrainEngine(Stack(), config, 0.9, dist)
+        batches = [Tensors(x=torch.randn(1, WIDTH)) for _ in range(2)]
         engine.train_batch(batches)  # the optimiser makes its states
         engine.module.measuring = True
         engine.train_batch(batches)
@@ -156,14 +157,14 @@ def token_module(head: str = "posterior", **options) -> TrainingLoss:
     return TrainingLoss(model, "ce" if head == "posterior" else "mse")
 
 
-def token_batch(samples: int, patches: int = 64) -> dict:
+def token_batch(samples: int, patches: int = 64) -> Batch:
     """Full micro-batch of the module above: 16 tokens a patch, 3 digits a token."""
-    return {
-        "ids": torch.zeros(samples, patches, 16, dtype=torch.int64),
-        "mask": torch.ones(samples, patches, 16, dtype=torch.bool),
-        "t": torch.full((samples, patches), 500.0),
-        "noise": torch.randn(samples, patches, 48),
-    }
+    return Batch(
+        ids=torch.zeros(samples, patches, 16, dtype=torch.int64),
+        mask=torch.ones(samples, patches, 16, dtype=torch.bool),
+        t=torch.full((samples, patches), 500.0),
+        noise=torch.randn(samples, patches, 48),
+    )
 
 
 def drop_gradients(module: nn.Module) -> None:
@@ -171,7 +172,7 @@ def drop_gradients(module: nn.Module) -> None:
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
 
-def profiled_peak(module: nn.Module, batch: dict) -> int:
+def profiled_peak(module: nn.Module, batch: Batch) -> int:
     """Most bytes alive at a time by the profiler's account of every allocation."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         module(batch)["loss_sum"].backward()

@@ -88,6 +88,7 @@ def test_evaluating_and_writing():
         PROMPT,
         "my runs/first",
     )
+    assert words_of(run_of("--eval_fraction", "0"), "evaluate")[-2:] == ["--split", "all"]
     held_out = words_of(run_of("--eval_data_path", "b c.txt"), "evaluate")
     assert held_out[held_out.index("--data_path") + 1] == "b c.txt"
 

@@ -7,12 +7,13 @@ import torch
 from torch.distributions import Categorical
 
 from ds_tokimg.choices import OBJECTIVES
-from ds_tokimg.data.batch import BatchMaker
+from ds_tokimg.data.batch import Prompt
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.diffusion.path import add_noise_to_timestep
+from ds_tokimg.model.context import Patches
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.objective import TrainingLoss, masked_loss
-from tests.support.tiny import layout_of, random_texts, tiny_model
+from tests.support.tiny import layout_of, maker_of, random_texts, tiny_model
 
 CODEC = TokenCodec(50)
 KINDS = [
@@ -29,17 +30,10 @@ LENGTHS = [256, 100, 33, 32, 7, 1]
 
 def module_and_batch(objective="ce", timesteps="band", patch_noise=0.5, conditions=True, block_size=0, **options):
     """A module of random weights, and a function from sample indices to their batch."""
-    model = tiny_model(CODEC, **options)
+    model = tiny_model(CODEC, block_size=block_size, **options)
     module = TrainingLoss(model, objective, timesteps)
     texts = random_texts(50, LENGTHS, [3, 0, 20, 60, 1, 2])
-    maker = BatchMaker(
-        layout_of(model),
-        module.timesteps,
-        seed=0,
-        patch_noise=patch_noise,
-        condition_drop=0.2 if conditions else None,
-        block_size=block_size,
-    )
+    maker = maker_of(module, patch_noise=patch_noise, condition_drop=0.2 if conditions else None)
     return module, lambda indices: maker(texts, indices, indices, epoch=0)
 
 
@@ -70,9 +64,9 @@ def test_mse_is_the_masked_loss_of_the_images(head, layout):
     images, masks = zip(*(CODEC.encode(text, 16, layout) for text in texts), strict=True)
     clean, mask = torch.stack(images), torch.stack(masks)
     noise = torch.zeros(len(texts), 16, 48)
-    noise[:, : batch["noise"].shape[1]] = batch["noise"]
-    noisy, _ = add_noise_to_timestep(clean, batch["t"], module.model.unpatchify(noise))
-    expected = masked_loss(module.model(noisy, batch["t"], condition=None, mask=mask), clean, mask)
+    noise[:, : batch.noise.shape[1]] = batch.noise
+    noisy, _ = add_noise_to_timestep(clean, batch.t, module.model.unpatchify(noise))
+    expected = masked_loss(module.model(noisy, batch.t, condition=None, mask=mask), clean, mask)
     result = module(batch)["loss_sum"] / module.count(batch)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=0)
     assert module.count(batch) == mask.sum()
@@ -82,17 +76,17 @@ def test_mse_is_the_masked_loss_of_the_images(head, layout):
 def test_objectives_by_their_formulas(posterior):
     module, batch_of = module_and_batch(conditions=False, posterior=posterior)
     batch = batch_of([0, 1, 2])
-    model, mask, t = module.model, batch["mask"], batch["t"]
-    clean = CODEC.codebook[batch["ids"]].flatten(2)
-    noisy = (1 - t / 1000)[..., None] * clean + (t / 1000)[..., None] * batch["noise"]
-    prediction = model.predict(noisy, t, mask)
+    model, mask, t = module.model, batch.mask, batch.t
+    clean = CODEC.codebook[batch.ids].flatten(2)
+    noisy = (1 - t / 1000)[..., None] * clean + (t / 1000)[..., None] * batch.noise
+    prediction = model.predict(Patches(noisy, t, mask))
     squared_error = ((prediction.clean - clean) ** 2).unflatten(-1, (16, 3)).sum(-1) * mask
     band = module.timesteps.band
     snr = ((1 - t / 1000) / (t / 1000)) ** 2
     if posterior == "tokens":
-        log_p = Categorical(logits=prediction.logits).log_prob(batch["ids"])
+        log_p = Categorical(logits=prediction.logits).log_prob(batch.ids)
     else:
-        digits = torch.stack([batch["ids"] // 4**k % 4 for k in range(3)], -1)
+        digits = torch.stack([batch.ids // 4**k % 4 for k in range(3)], -1)
         log_p = Categorical(logits=prediction.logits).log_prob(digits).sum(-1)
     expected = {
         "mse": squared_error.sum(),
@@ -112,9 +106,9 @@ def test_elbo_in_expectation_is_the_bound_without_context():
     texts = random_texts(64, [256] * 64)
     for timesteps, share in (("band", 0.99), ("uniform", 1.0), ("noisy", 0.99)):
         module = TrainingLoss(model, "elbo", timesteps)
-        maker = BatchMaker(layout_of(model), module.timesteps, seed=1)
+        maker = maker_of(module, seed=1)
         batch = maker(texts, range(64), range(64), 0)
-        nats = module(batch)["loss_sum"].item() / batch["mask"].sum().item()
+        nats = module(batch)["loss_sum"].item() / batch.mask.sum().item()
         assert nats == pytest.approx(share * math.log(64), rel=0.05)
 
 
@@ -144,13 +138,13 @@ def test_batches_by_length_have_the_loss_of_texts_alone(bucket):
     lengths = np.random.default_rng(3).integers(1, 250, 24)
     model = tiny_model(CODEC)
     module, texts = TrainingLoss(model), random_texts(CODEC.vocab_size, lengths)
-    maker = BatchMaker(layout_of(model), module.timesteps, seed=0, patch_noise=0.5)
+    maker = maker_of(module, patch_noise=0.5)
     batches = TrainBatchSampler(lengths, 6, seed=0, bucket=bucket).batches(0)
     positions = np.arange(24).reshape(4, 6)
     together, alone, patches = [], [], 0
     for indices, places in zip(batches, positions, strict=True):
         batch = maker(texts, indices, places, 0)
-        patches += batch["mask"].shape[0] * batch["mask"].shape[1]
+        patches += batch.mask.shape[0] * batch.mask.shape[1]
         together.append(module(batch)["loss_sum"])
         each = (maker(texts, indices[i : i + 1], places[i : i + 1], 0) for i in range(6))
         alone.append(sum(module(one)["loss_sum"] for one in each))
@@ -166,14 +160,13 @@ def test_padding_has_no_influence(objective, head):
     loss = module(batch)["loss_sum"]
     loss.backward()
     expected = gradients(module)
-    other = dict(batch)
-    valid = batch["mask"]
-    other["ids"] = torch.where(valid, batch["ids"], 49)
-    values = valid.repeat_interleave(3, -1)
-    other["noise"] = torch.where(values, batch["noise"], 50.0)
-    other["t"] = torch.where(valid.any(-1), batch["t"], 3.0)
-    prompts = batch["condition_mask"]
-    other["condition_ids"] = torch.where(prompts, batch["condition_ids"], 49)
+    valid, prompt = batch.mask, batch.prompt
+    other = batch.replace(
+        ids=torch.where(valid, batch.ids, 49),
+        noise=torch.where(valid.repeat_interleave(3, -1), batch.noise, 50.0),
+        t=torch.where(valid.any(-1), batch.t, 3.0),
+        prompt=Prompt(torch.where(prompt.mask, prompt.ids, 49), prompt.mask),
+    )
     changed = module(other)["loss_sum"]
     torch.testing.assert_close(changed, loss, rtol=1e-6, atol=0)
     changed.backward()
@@ -206,7 +199,7 @@ def test_sums_per_patch(objective, head):
             own = alone[name].shape[1]
             torch.testing.assert_close(alone[name][0], value[i, :own], rtol=1e-4, atol=1e-6)
             assert not value[i, own:].any()
-    tokens = batch["mask"].sum(-1)
+    tokens = batch.mask.sum(-1)
     assert (rows["correct"] <= tokens).all() and (rows["invalid"] <= tokens).all()
 
 
@@ -217,7 +210,7 @@ def test_reading_is_counted():
         for parameter in module.model.head.parameters():
             parameter.zero_()
     batch = batch_of(range(6))
-    batch["t"] = torch.full_like(batch["t"], 2.0)
+    batch = batch.replace(t=torch.full_like(batch.t, 2.0))
     rows = module(batch, per_patch=True)
     assert rows["correct"].sum(1).tolist() == LENGTHS and not rows["invalid"].any()
     with torch.no_grad():  # every digit the highest: code 63 of 50 tokens
@@ -232,13 +225,13 @@ def test_progress_measures_the_samples_with_one_level():
     batch = batch_of(range(6))
     result = module(batch)
     assert not result["bound_nats"].requires_grad
-    levels = [batch["t"][i, batch["mask"][i].any(-1)] for i in range(6)]  # of the patches that hold tokens
+    levels = [batch.t[i, batch.mask[i].any(-1)] for i in range(6)]  # of the patches that hold tokens
     whole = [i for i in range(6) if (levels[i] == levels[i][0]).all()]
     assert 0 < len(whole) < 6
     elbo = TrainingLoss(module.model, "elbo")(batch, per_patch=True)["loss"]
     assert result["bound_tokens"] == sum(LENGTHS[i] for i in whole)
     assert float(result["bound_nats"]) == pytest.approx(float(elbo[whole].sum().detach()), rel=1e-5)
-    assert result["slots"] == batch["mask"].numel()
+    assert result["slots"] == batch.mask.numel()
 
 
 def test_progress_from_left_to_right():
@@ -256,9 +249,9 @@ def test_progress_from_left_to_right():
 def one_token_a_patch(posterior: str, timesteps: str = "noisy"):
     """A module that writes one token at a time, and a batch."""
     codec = TokenCodec(50, token_size=2)
-    model = tiny_model(codec, posterior=posterior, patch_size=2, noisy_depth=1)
-    module = TrainingLoss(model, timesteps=timesteps, block_size=1)
-    maker = BatchMaker(layout_of(model), module.timesteps, seed=0, block_size=1)
+    model = tiny_model(codec, posterior=posterior, patch_size=2, noisy_depth=1, block_size=1)
+    module = TrainingLoss(model, timesteps=timesteps)
+    maker = maker_of(module)
     return module, maker(random_texts(50, [64, 20, 3]), np.arange(3), np.arange(3), epoch=0)
 
 
@@ -267,8 +260,8 @@ def test_progress_of_tokens_alone_is_that_of_drawing_them_at_full_noise(posterio
     module, batch = one_token_a_patch(posterior)
     module.measure_bound = True
     result = module(batch)
-    noisiest = (batch["t"] > module.model.noisiest - 1e-2) & batch["mask"][..., 0]
-    assert 0.6 < noisiest.sum() / batch["mask"].sum() < 0.9
+    noisiest = (batch.t > module.model.noisiest - 1e-2) & batch.mask[..., 0]
+    assert 0.6 < noisiest.sum() / batch.mask.sum() < 0.9
     nats = module(batch, per_patch=True)["nats"]
     assert result["bound_tokens"] == noisiest.sum()
     assert float(result["bound_nats"]) == pytest.approx(float(nats[noisiest].sum()), rel=1e-5)
@@ -306,8 +299,8 @@ def test_half_precision_weights_give_a_float32_loss(objective, head):
     half = module.bfloat16()
     result = half(batch)["loss_sum"]
     assert result.dtype == torch.float32 and result.item() == pytest.approx(plain, rel=0.02)
-    clean = half.colours(batch["ids"])
-    torch.testing.assert_close(clean, CODEC.codebook[batch["ids"]].flatten(2), atol=1e-6, rtol=0)
+    clean = half.colours(batch.ids)
+    torch.testing.assert_close(clean, CODEC.codebook[batch.ids].flatten(2), atol=1e-6, rtol=0)
 
 
 def test_colours_are_those_of_the_codec():

@@ -48,8 +48,9 @@ class TokenOutput(nn.Linear):
         if loss_of is None:
             return super().forward(tokens)
         evidence, book, ids, mask = loss_of
-        rows = (tokens.flatten(0, -2), evidence.flatten(0, -2), ids.flatten(), mask.flatten())
-        total, losses = _CrossEntropy.apply(*rows, self.weight, self.bias, book, torch.is_grad_enabled())
+        flat = (evidence.flatten(0, -2), book, ids.flatten(), mask.flatten())
+        parameters = (self.weight, self.bias)
+        total, losses = _CrossEntropy.apply(tokens.flatten(0, -2), *parameters, flat, torch.is_grad_enabled())
         return total, losses.view(ids.shape)
 
 
@@ -95,7 +96,8 @@ class _CrossEntropy(torch.autograd.Function):
     and each row's without gradient."""
 
     @staticmethod
-    def forward(ctx, tokens, evidence, ids, mask, weight, bias, book, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx, tokens, weight, bias, loss_of: tuple, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        evidence, book, ids, mask = loss_of  # data: no gradient
         dtype, mask = _compute_dtype(weight), mask.float()
         x, matrix = tokens.to(dtype), weight.to(dtype)
         # The bias as one more column: adding it to the product would be another pass over all candidates.
@@ -132,7 +134,7 @@ class _CrossEntropy(torch.autograd.Function):
         d_tokens, d_weight, d_bias = (
             (gradient * value).to(dtype) for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return d_tokens, None, None, None, d_weight, d_bias, None, None
+        return d_tokens, d_weight, d_bias, None, None
 
 
 def _softmax_(logits: Tensor, highest: Tensor | None = None) -> Tensor:
