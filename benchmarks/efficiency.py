@@ -50,7 +50,7 @@ def main() -> None:
 
 def print_share(name: str, batch: int, tokens: int, repetitions: int) -> None:
     options = recipe_values(name) if name in recipes.names() else {"model": name}
-    config = TrainConfig(data_path="-", batch_size=batch, **options)
+    config = TrainConfig(data_path=["-"], batch_size=batch, **options)
     engine = engine_of(config)
     micro_batch = batch_of(engine.module, config, [tokens] * batch)
     flops = engine.module.flops(micro_batch)

@@ -57,7 +57,7 @@ def print_growth(title: str, unit: str, models: dict[int, tuple[str, int]], repe
 
     rivals, flops = {}, {}
     for grown, (size, images) in models.items():
-        config = TrainConfig(data_path="-", model=f"JiT-{size}/4", batch_size=images)
+        config = TrainConfig(data_path=["-"], model=f"JiT-{size}/4", batch_size=images)
         engine = engine_of(config)
         batch = batch_of(engine.module, config, [TOKENS] * images)
         flops[grown] = engine.module.flops(batch)

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def print_times(images: int, repetitions: int) -> None:
-    config = TrainConfig(data_path="-", train_batch_size=images)
+    config = TrainConfig(data_path=["-"], train_batch_size=images)
     engine = engine_of(config)
     batches = {n: batch_of(engine.module, config, [n] * images) for n in LENGTHS}
     rivals = {n: partial(engine.train_batch, [batch]) for n, batch in batches.items()}
@@ -94,7 +94,7 @@ def valid_shares(lengths: np.ndarray, bucket: bool) -> tuple[float, float]:
 
 @torch.no_grad()
 def print_equality() -> None:
-    config = TrainConfig(data_path="-", batch_size=BATCH)
+    config = TrainConfig(data_path=["-"], batch_size=BATCH)
     module = module_of(config)
     model: Any = module.model
     torch.nn.init.normal_(model.head.to_tokens.weight, std=0.1)  # a fresh model does not look at its context

@@ -63,7 +63,7 @@ def loss_of_step(engine: TrainEngine, micro_batch: Batch) -> float:
 
 
 def print_overhead(name: str, batch: int, tokens: int, repetitions: int) -> None:
-    config = TrainConfig(data_path="-", model=name, batch_size=batch)
+    config = TrainConfig(data_path=["-"], model=name, batch_size=batch)
     plain = PlainLoop(config)
     engines = {f"stage {stage}": engine_of(config, zero_optimization={"stage": stage}) for stage in (0, 1)}
     micro_batch = batch_of(plain.module, config, [tokens] * batch)

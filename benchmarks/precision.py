@@ -158,7 +158,7 @@ def work(model: str, images: int, img_size: int, blocks: dict) -> None:
     from ds_tokimg.settings.config import TrainConfig
 
     config = TrainConfig(
-        data_path="-", model=model, img_size=img_size, batch_size=images, use_amp=None if blocks else False
+        data_path=["-"], model=model, img_size=img_size, batch_size=images, use_amp=None if blocks else False
     )
     try:
         engine = engine_of(config, **blocks)

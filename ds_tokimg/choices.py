@@ -3,6 +3,7 @@ them. No import, so that the help lists them at once."""
 
 from __future__ import annotations
 
+DOCUMENTS = ("line", "paragraph", "file")
 LAYOUTS = ("patch", "raster")  # the order in which cells fill an image
 PALETTES = ("id", "semantic")  # which token gets which colour
 HEADS = ("posterior", "linear")  # what the network's output is

@@ -71,6 +71,7 @@ def described(annotation: Any) -> str:
         bool: "true or false",
         dict: "an object",
         list: "a list",
+        list[str]: "a list of texts",
         types.NoneType: "null",
     }
     return " or ".join(names.get(member, "a list of numbers") for member in alternatives(annotation))

@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
     levels = arguments.noise_levels or DEFAULT_LEVELS
     options = BoundOptions(num_levels=levels, seed=arguments.seed, device=arguments.device)
     bound = bound_of(module, trained.format, dataset, writing, options=options)
-    report(bound, trained.path, arguments.data_path)
+    for note in dataset.notes:
+        print(f"note: {note}")
+    report(bound, trained.path, " ".join(arguments.data_path))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(as_json(bound), indent=1) + "\n")
     return 0
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a checkpoint, a run's folder (its best one) or an export",
     )
-    add("--data_path", type=path, required=True, metavar="PATH", help="texts, in any form that train takes")
+    add("--data_path", type=path, nargs="+", required=True, metavar="PATH", help="texts, in any form that train takes")
     add("--json", type=path, metavar="FILE", help="write the figures there")
     add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
     add(
@@ -82,14 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_texts(trained: TrainedModel, data_path: str, split: str = "auto", cache_dir=None) -> TokenImageDataset:
-    """The texts of a path as the model's images."""
+def open_texts(trained: TrainedModel, data_path, split: str = "auto", cache_dir=None) -> TokenImageDataset:
+    """The texts of a path, or of several, as the model's images."""
     from ds_tokimg.data.text_format import absolute, dataset_of
 
+    data_path = [data_path] if isinstance(data_path, str | Path) else list(data_path)
     text_format = trained.format
     if split == "auto":
-        held_out = text_format.eval_data_path is None and absolute(data_path) == text_format.data_path
-        split = "eval" if held_out else "all"
+        same_texts = set(absolute([str(path) for path in data_path])) == set(text_format.data_path)
+        split = "eval" if same_texts and text_format.eval_data_path is None else "all"
     return dataset_of(text_format, trained.layout, trained.tokenizer, data_path, split, cache_dir)
 
 

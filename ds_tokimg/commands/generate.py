@@ -96,12 +96,7 @@ def _prompts(arguments) -> list[str | None]:
         raise UserError(f"--num_samples {arguments.num_samples}: at least 1")
     prompts = [arguments.prompt]
     if arguments.prompt_file is not None:
-        try:
-            prompts = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file {arguments.prompt_file}: {error}") from None
-        if not prompts:
-            raise UserError(f"--prompt_file {arguments.prompt_file}: no prompt in it")
+        prompts = _read_prompts(arguments.prompt_file)
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
@@ -111,6 +106,18 @@ def _check_animation(file: Path) -> None:
         raise UserError(f"--animate {file}: the file's name must end with .gif")
     if not file.parent.is_dir():
         raise UserError(f"--animate {file}: there is no folder {file.parent}")
+
+
+def _read_prompts(path: str) -> list[str]:
+    """One prompt a line of a UTF-8 file. Lines end in \\n or \\r\\n alone: whatever else breaks lines on a screen is
+    part of a prompt. Raises UserError for a file that cannot be read or holds none."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file {path}: {error}") from None
+    if not text:
+        raise UserError(f"--prompt_file {path}: no prompt in it")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _options(arguments) -> SamplingOptions:

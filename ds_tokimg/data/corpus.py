@@ -2,33 +2,38 @@
 
 `datasets` maps the tokeniser over the corpus in parallel and writes Arrow files; a later start opens these without
 importing `datasets`. Documents lie end to end in a few large buffers, so a stretch of tokens is a slice of the file
-and nothing is copied. The cache's key is made of the files (path, size, time), the tokenizer and the settings.
+and nothing is copied. The cache's key is made of the files (path, size, time), how they are read, the tokenizer and
+the settings.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ds_tokimg.data.records import Record, Source, find
+from ds_tokimg.data.cache import DamagedCache, check, seal, sync
+from ds_tokimg.data.files import BLOCK_BYTES
+from ds_tokimg.data.records import Tally, joined
+from ds_tokimg.data.sources import Source, find_all
+from ds_tokimg.data.tokenise import Settings, Tokenise
 from ds_tokimg.errors import UserError
 from ds_tokimg.tokens import tokenizer as tokenizers
 
 logger = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 # Below this a second process costs more to start than it saves; the Rust library's threads then share the work.
 _BYTES_PER_PROCESS = 8 << 20
 # `datasets` cuts what it writes into pieces of this many rows: never, long buffers are the point.
@@ -64,16 +69,28 @@ def _array(column: Any) -> np.ndarray:
 
 
 class Corpus:
-    """The documents of a corpus, as columns of memory-mapped Arrow batches.
+    """The documents of one source or of several, as columns of memory-mapped Arrow batches.
 
     tokens: each document's scored ids, EOS at its end. prompts: its prompt's ids.
     lengths, prompt_lengths: int32 [documents].
+    parts: where the documents of each source begin, int64 [sources + 1]. notes: what a person should know about them.
     """
 
-    def __init__(self, batches: list[Any]):
-        self._batches = batches
+    def __init__(self, batches: list[Any], notes: Sequence[str] = ()):
+        self._batches, self.notes = batches, list(notes)
         self.tokens, self.lengths = self._texts("ids")
         self.prompts, self.prompt_lengths = self._texts("prompt_ids")
+        self.parts = np.array([0, len(self)])
+
+    @classmethod
+    def joined(cls, corpora: list[Corpus]) -> Corpus:
+        """One corpus with the documents of all, one after the other."""
+        if len(corpora) == 1:
+            return corpora[0]
+        whole = cls([batch for corpus in corpora for batch in corpus._batches])
+        whole.parts = np.cumsum([0, *map(len, corpora)])
+        whole.notes = [note for corpus in corpora for note in corpus.notes]
+        return whole
 
     def _texts(self, name: str) -> tuple[TokenStream, np.ndarray]:
         columns = [batch.column(name) for batch in self._batches]
@@ -110,7 +127,7 @@ class Corpus:
 
 
 def load_corpus(
-    data_path: str | Path,
+    data: str | Path | list[Source],
     tokenizer: tokenizers.Tokenizer,
     *,
     use_chat_template: bool = False,
@@ -118,30 +135,44 @@ def load_corpus(
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
 ) -> Corpus:
-    """The tokenised corpus of a data path, from the cache or built now.
+    """The tokenised corpus of a data path, or of the sources that were found, from the cache or built now.
 
-    With `enable_condition` the prompt of a prompt/answer record is kept apart and its answer scored; otherwise the
-    two are one text: in the chat template with `use_chat_template`, else joined by a line break. Texts without
-    prompt stay as they are. Several processes may call this at once: one builds, the others wait.
+    With `enable_condition` the prompt of a prompt/answer record is kept apart and its answer scored (of a conversation
+    the last answer); otherwise the record is one text: in the chat template with `use_chat_template`, else joined by
+    line breaks. Texts without prompt stay as they are. Several processes may call this at once: one builds, the others
+    wait. A damaged cache is built again.
 
     num_proc: processes that tokenise; None takes the cores there are, fewer for a small corpus.
     Raises UserError for missing files, bad records, an empty corpus, or a cache folder that cannot be written.
     """
     if use_chat_template:
         tokenizers.require_chat_template(tokenizer)
-    source = find(data_path)
-    settings = _Settings(use_chat_template, enable_condition)
+    sources = data if isinstance(data, list) else find_all(data)
+    settings = Settings(use_chat_template, enable_condition)
     root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    folder = root / _cache_key(source, tokenizer, settings)
-    if not folder.is_dir():
-        with _writing_to(root):
-            from filelock import FileLock
+    return Corpus.joined([_load(Tokenise(source, tokenizer, settings), root, num_proc) for source in sources])
 
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not folder.is_dir():
-                    _build(source, _Tokenise(source, tokenizer, settings), folder, num_proc)
-    return _open(folder)
+
+def _load(tokenise: Tokenise, root: Path, num_proc: int | None) -> Corpus:
+    """The corpus of one source."""
+    folder = root / _cache_key(tokenise)
+    try:
+        return _open(folder, tokenise.source)
+    except DamagedCache:
+        pass  # or not there yet: whoever gets the lock looks again
+    with _writing_to(root):
+        from filelock import FileLock
+
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            try:
+                return _open(folder, tokenise.source)
+            except DamagedCache as error:
+                if folder.is_dir():
+                    logger.warning("the tokenised corpus is damaged and made again: %s", error)
+                    shutil.rmtree(folder)
+                _build(tokenise, folder, num_proc)
+    return _open(folder, tokenise.source)
 
 
 def default_cache_dir() -> Path:
@@ -150,99 +181,48 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser() / "ds_tokimg"
 
 
-def read_texts(data_path: str | Path, max_bytes: int = 50 << 20) -> Iterator[str]:
+def read_texts(data: str | Path | list[Source], max_bytes: int = 50 << 20) -> Iterator[str]:
     """The texts of a corpus as strings, to train a tokenizer on: all of them, or parts spread evenly over it.
 
     Raises UserError for missing files, bad records or an empty corpus.
     """
-    source = find(data_path)
-    step = max(1, -(-source.num_bytes // max_bytes))
+    sources = data if isinstance(data, list) else find_all(data)
+    total = sum(source.num_bytes for source in sources)
+    step = max(1, -(-total // max_bytes))
     empty = True
-    for group in range(0, len(source.groups), step):
-        for record in source.read(group):
-            empty = False
-            yield record if isinstance(record, str) else joined(*record)
+    for source in sources:
+        chosen = range(0, len(source.groups), step)
+        room = max(2 * BLOCK_BYTES, max_bytes // max(1, len(chosen)))  # a large file that cannot be cut is one group
+        for group in chosen:
+            for text in _up_to(room, map(joined, source.read(group))):
+                empty = False
+                yield text
     if empty:
-        raise _empty(source)
+        raise _empty(" ".join(source.name for source in sources))
 
 
-def joined(prompt: str, answer: str) -> str:
-    """Prompt and answer as one text: the answer on a new line."""
-    return prompt + answer if prompt.endswith("\n") else f"{prompt}\n{answer}"
+def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, until they have so many characters."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 # ---- building ----
 
 
-@dataclass(frozen=True)
-class _Settings:
-    use_chat_template: bool
-    enable_condition: bool
-
-
-def _cache_key(source: Source, tokenizer: tokenizers.Tokenizer, settings: _Settings) -> str:
-    parts = [_FORMAT_VERSION, source.fingerprint, tokenizers.fingerprint(tokenizer)]
+def _cache_key(tokenise: Tokenise) -> str:
+    source, tokenizer, settings = tokenise.source, tokenise.tokenizer, tokenise.settings
+    parts = [
+        _FORMAT_VERSION,
+        source.fingerprint,
+        dataclasses.astuple(source.options),
+        tokenizers.fingerprint(tokenizer),
+    ]
     parts += [settings.enable_condition, tokenizer.chat_template if settings.use_chat_template else None]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
-
-
-@dataclass
-class _Tokenise:
-    """Tokenises one group of spans; `datasets` sends copies of it to its workers."""
-
-    source: Source
-    tokenizer: tokenizers.Tokenizer
-    settings: _Settings
-
-    def __call__(self, table: Any) -> Any:
-        """An Arrow table with one row, `group` -> the group's documents, a row each."""
-        import pyarrow as pa
-
-        records = [r for group in table["group"].to_pylist() for r in self.source.read(group)]
-        pairs = [self._scored(record) for record in records]
-        texts = [text for _, text in pairs]
-        ids, lengths = self._encode(texts)
-        prompts, prompt_lengths = self._encode([prompt for prompt, _ in pairs])
-        columns = {
-            "ids": _list_array(*_end_each(ids, lengths, self.tokenizer.eos_token_id)),
-            "prompt_ids": _list_array(prompts, prompt_lengths),
-            "num_bytes": pa.array([len(text.encode()) for text in texts], pa.int32()),
-            "hash": pa.array(_hashes(records), pa.uint64()),
-        }
-        return pa.table(columns)
-
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if not any(texts):
-            return np.zeros(0, np.int32), np.zeros(len(texts), np.int64)
-        return tokenizers.encode(self.tokenizer, texts, parse_special=self.settings.use_chat_template)
-
-    def _scored(self, record: Record) -> tuple[str, str]:
-        """A record as (prompt that conditions, text that is scored)."""
-        if isinstance(record, str):
-            return "", record
-        if self.settings.use_chat_template:
-            prompt, answer = tokenizers.chat_format(self.tokenizer, *record)
-            return (prompt, answer) if self.settings.enable_condition else ("", prompt + answer)
-        return record if self.settings.enable_condition else ("", joined(*record))
-
-
-def _end_each(ids: np.ndarray, lengths: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Puts EOS after each document."""
-    return np.insert(ids, np.cumsum(lengths), eos).astype(np.int32), lengths + 1
-
-
-def _list_array(values: np.ndarray, lengths: np.ndarray) -> Any:
-    import pyarrow as pa
-
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-def _hashes(records: list[Record]) -> np.ndarray:
-    """uint64 [n], from a record's words and not its tokens: a split survives a change of tokenizer."""
-    texts = (record if isinstance(record, str) else "\0".join(record) for record in records)
-    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.frombuffer(digests, dtype="<u8")
 
 
 @contextlib.contextmanager
@@ -256,22 +236,37 @@ def _writing_to(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _build(source: Source, tokenise: _Tokenise, folder: Path, num_proc: int | None) -> None:
-    """Tokenises into a temporary folder that gets its name only when it is complete."""
+def _build(tokenise: Tokenise, folder: Path, num_proc: int | None) -> None:
+    """Tokenises into a temporary folder that gets its name only when all of it is on the disk."""
     for torn in folder.parent.glob(f"{folder.name}.tmp*"):
         shutil.rmtree(torn)  # left by a process that was killed: we hold the lock
     temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     temporary.mkdir()
+    source = tokenise.source
     try:
-        if _map(source, tokenise, temporary, num_proc or _processes(source)) == 0:
-            raise _empty(source)
+        tokenise = dataclasses.replace(tokenise, tallies=temporary)
+        documents = _map(tokenise, temporary, num_proc or _processes(source))
+        told = _collect(temporary, source)
+        if documents == 0:
+            raise _empty(source.name, told)
+        seal(temporary, told)
         os.replace(temporary, folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _empty(source: Source) -> UserError:
-    return UserError(f"the corpus {source.name} is empty: it holds no text that is not blank")
+def _collect(folder: Path, source: Source) -> list[str]:
+    """What the groups came upon, as lines to tell."""
+    whole = Tally()
+    for file in sorted(folder.glob("*.tally")):
+        whole.add(Tally(**json.loads(file.read_text())))
+        file.unlink()
+    return whole.notes(source.name)
+
+
+def _empty(name: str, told: Sequence[str] = ()) -> UserError:
+    return UserError("; ".join((f"the corpus {name} is empty: it holds no text that is not blank", *told)))
 
 
 def _processes(source: Source) -> int:
@@ -279,8 +274,9 @@ def _processes(source: Source) -> int:
     return max(1, min(cores, len(source.groups), source.num_bytes // _BYTES_PER_PROCESS))
 
 
-def _map(source: Source, tokenise: _Tokenise, folder: Path, num_proc: int) -> int:
+def _map(tokenise: Tokenise, folder: Path, num_proc: int) -> int:
     """Runs the tokeniser over all groups and returns the number of documents."""
+    source = tokenise.source
     if not source.groups:
         return 0
     import datasets
@@ -337,12 +333,16 @@ def _one_thread_each(num_proc: int) -> Iterator[None]:
 # ---- opening ----
 
 
-def _open(folder: Path) -> Corpus:
-    """Maps the Arrow files; of the tokens nothing is read."""
+def _open(folder: Path, source: Source) -> Corpus:
+    """Maps the Arrow files; of the tokens `check` reads some. Raises DamagedCache when it is not whole."""
     import pyarrow as pa
 
+    told = check(folder)
     batches = []
-    for file in sorted(folder.glob("*.arrow")):
-        with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
-            batches += [batch for batch in reader if batch.num_rows]
-    return Corpus(batches)
+    try:
+        for file in sorted(folder.glob("*.arrow")):
+            with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
+                batches += [batch for batch in reader if batch.num_rows]
+        return Corpus(batches, [*source.notes, *told])
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DamagedCache(f"{folder}: {error}") from None

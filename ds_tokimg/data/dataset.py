@@ -6,6 +6,7 @@ stretches begin. Nothing is read before it is asked for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from ds_tokimg.data.corpus import Corpus, load_corpus
+from ds_tokimg.data.order import Mixture
+from ds_tokimg.data.records import AS_USUAL, ReadOptions
+from ds_tokimg.data.sources import Source, find_all
 from ds_tokimg.errors import UserError
 from ds_tokimg.tokens.codec import TokenCodec, check_geometry
 from ds_tokimg.tokens.tokenizer import Tokenizer, ensure_special_tokens, vocab_size
@@ -35,7 +39,8 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     far, the last `max_tokens` of it.
 
     Args:
-        data_path: file, folder or Hugging Face data set name (see `ds_tokimg.data.records`).
+        data_path: file, folder or Hugging Face data set name (see `ds_tokimg.data.sources`), or a list of them, each
+            with `:WEIGHT` at its end or none.
         tokenizer: a Hugging Face tokenizer; it gets an EOS token if it has none.
         img_size: pixels a side.
         use_chat_template: write prompt/answer pairs in the tokenizer's chat template.
@@ -44,9 +49,14 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         packing: fill images with several documents.
         enable_condition: keep prompts apart as conditions.
         split: "train", "eval" or "all" documents. A document goes to "eval" by the hash of its text, in
-            `eval_fraction` of cases, whatever else the corpus holds.
+            `eval_fraction` of cases, whatever else the corpus holds; where a folder or data set has a validation split
+            of its own, that is "eval" and all others are "train". With an `eval_fraction` of 0 "eval" is empty.
+        read: how files become records.
         cache_dir: where tokenised corpora are kept; None for a folder beside the caches of `datasets`.
         num_proc: processes that tokenise; None for what suits the corpus and the machine.
+
+    notes: what a person should know about the texts: files left out, bad records, prompts cut.
+    mixture: how an epoch draws on data paths with weights; None without.
 
     Raises UserError for a path, record, size or option that does not work.
     """
@@ -70,6 +80,7 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         eval_fraction: float = 0.05,
         cache_dir: str | Path | None = None,
         num_proc: int | None = None,
+        read: ReadOptions = AS_USUAL,
     ):
         tokenizer = ensure_special_tokens(tokenizer)
         self.tokenizer, self.img_size, self.layout, self.patch_size = tokenizer, img_size, layout, patch_size
@@ -79,8 +90,12 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         except ValueError as error:
             raise UserError(str(error)) from error
         self.max_tokens = _check_max_tokens(max_tokens, self.codec.capacity(img_size))
+        sources = find_all(data_path, read)
+        own = np.array([source.validation is not None for source in sources])
+        if split == "eval" and eval_fraction:
+            sources = [source.validation or source for source in sources]
         self.corpus = load_corpus(
-            data_path,
+            sources,
             tokenizer,
             use_chat_template=use_chat_template,
             enable_condition=enable_condition,
@@ -88,10 +103,34 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             num_proc=num_proc,
         )
         self.enable_condition = enable_condition
-        documents = _split(self.corpus, split, eval_fraction, str(data_path))
+        documents = _split(self.corpus, own, split, eval_fraction, " ".join(source.name for source in sources))
         self.num_documents = len(documents)
         self.num_bytes = int(self.corpus.num_bytes[documents].sum(dtype=np.int64))  # UTF-8, of the scored text
         self._build_index(documents, packing)
+        self.notes = [*self.corpus.notes, *self._cut_prompts(documents)]
+        self.mixture = None if split == "eval" else self._mixture(sources)
+
+    def _mixture(self, sources: list[Source]) -> Mixture | None:
+        weights = [source.weight for source in sources if source.weight is not None]
+        if not weights:
+            return None
+        counts = np.bincount(self._source_of, minlength=len(sources))
+        empty = [source.name for source, count in zip(sources, counts, strict=True) if not count]
+        if empty:
+            raise UserError(f"no text of {', '.join(empty)} is left to train on: leave it out, or give no weights")
+        return Mixture(self._source_of, weights)
+
+    def _cut_prompts(self, documents: np.ndarray) -> list[str]:
+        """Says how many prompts are longer than an image."""
+        lengths = self.corpus.prompt_lengths[documents]
+        cut = np.count_nonzero(lengths > self.max_tokens)
+        if not cut or not self.enable_condition:
+            return []
+        of = np.count_nonzero(lengths)
+        return [
+            f"{cut:,} of {of:,} prompts are longer than max_tokens, {self.max_tokens:,}; of these the last "
+            f"{self.max_tokens:,} tokens are seen"
+        ]
 
     def _build_index(self, documents: np.ndarray, packing: bool) -> None:
         """Lays the documents end to end in a stream and cuts it into samples at `_bounds` [samples + 1].
@@ -106,12 +145,16 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self._run_starts = np.append(starts[begins], starts[-1])
         self._run_sources = self.corpus.starts[documents[begins]]
 
-        packed = np.arange(0, starts[num_packed], self.max_tokens)
+        # Images are filled from one source each.
+        parts = np.searchsorted(documents[:num_packed], self.corpus.parts)
+        packed = [np.arange(begin, end, self.max_tokens) for begin, end in itertools.pairwise(starts[parts])]
+        self._num_packed = sum(map(len, packed))
         pieces = -(-lengths[num_packed:].astype(np.int64) // self.max_tokens)  # images of each other text
         piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, … within a text
         separate = np.repeat(starts[num_packed:-1], pieces) + piece * self.max_tokens
-        self._bounds = np.concatenate([packed, separate, starts[-1:]])
-        self._num_packed = len(packed)
+        self._bounds = np.concatenate([*packed, separate, starts[-1:]])
+        others = np.searchsorted(self.corpus.parts, documents[num_packed:], side="right") - 1
+        self._source_of = np.repeat([*range(len(packed)), *others], [*map(len, packed), *pieces])  # [samples]
         if self.enable_condition:
             self._document_of = np.repeat(documents[num_packed:], pieces)  # of the samples that are not packed
             self._tokens_before = piece * self.max_tokens  # how much of the document earlier images hold
@@ -140,7 +183,8 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.codec.encode(ids, self.img_size, self.layout, self.patch_size)
 
     def ids(self, i: int) -> np.ndarray:
-        """The tokens of a sample, int32 [n], 1 ≤ n ≤ max_tokens; read-only."""
+        """The tokens of a sample, int32 [n], 1 ≤ n ≤ max_tokens; read-only. With weights `i` may be len · k more than
+        the sample's number: its k-th repetition in an epoch (see `Mixture`)."""
         i = self._check_index(i)
         return self._read(int(self._bounds[i]), int(self._bounds[i + 1]))
 
@@ -158,7 +202,7 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return prompt[-self.max_tokens :]
 
     def _check_index(self, i: int) -> int:
-        if not -len(self) <= i < len(self):
+        if not -len(self) <= i < len(self) * (self.mixture.most_passes if self.mixture else 1):
             raise IndexError(f"sample {i} of a data set of {len(self)}")
         return i % len(self)
 
@@ -217,10 +261,10 @@ def _check_max_tokens(max_tokens: int | None, capacity: int) -> int:
     return max_tokens
 
 
-def _split(corpus: Corpus, split: str, eval_fraction: float, name: str) -> np.ndarray:
-    """The documents of a split, int64.
+def _split(corpus: Corpus, own: np.ndarray, split: str, eval_fraction: float, name: str) -> np.ndarray:
+    """The documents of a split, int64. A small corpus of which chance picks none gives one text to "eval".
 
-    A small corpus of which chance picks none gives one text to "eval", a fraction of 0 gives it none.
+    own: bool [sources], whether a source has validation texts of its own: all of them are "eval", all others "train".
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
@@ -228,12 +272,15 @@ def _split(corpus: Corpus, split: str, eval_fraction: float, name: str) -> np.nd
         raise UserError(f"eval_fraction is {eval_fraction}, but must be at least 0 and less than 1")
     if split == "all" or eval_fraction == 0:
         return np.arange(0 if split == "eval" else len(corpus))
-    held_out = corpus.hashes < eval_fraction * 2.0**64
-    if not held_out.any() or held_out.all():
-        held_out = corpus.hashes == corpus.hashes.min()
-    if held_out.all() or not held_out.any():
-        raise UserError(
-            f"the corpus {name} cannot be split into training and validation: it holds {len(corpus)} "
-            f"text(s), and eval_fraction is {eval_fraction}; give --eval_data_path, --eval_fraction 0 or more texts"
-        )
-    return np.flatnonzero(held_out if split == "eval" else ~held_out)
+    apart = np.repeat(own, np.diff(corpus.parts))
+    held_out = (corpus.hashes < eval_fraction * 2.0**64) & ~apart
+    if not apart.any():
+        if not held_out.any() or held_out.all():
+            held_out = corpus.hashes == corpus.hashes.min()
+        if held_out.all():
+            raise UserError(
+                f"the corpus {name} cannot be split into training and validation: it holds {len(corpus)} text(s), and "
+                f"eval_fraction is {eval_fraction}; give --eval_data_path, or more different texts, or --eval_fraction "
+                "0 (no validation)"
+            )
+    return np.flatnonzero(held_out | apart if split == "eval" else ~held_out)

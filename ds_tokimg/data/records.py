@@ -1,253 +1,130 @@
-"""Reads texts from files: which files a data path means, their records, and what is wrong with a bad one.
-
-The files are cut into spans that are read independently, so that workers share one large file. Lines are read here
-and not by the readers of `datasets`: those infer one schema for all files (plain strings, texts and prompt/answer
-pairs may be mixed), and their errors name no line.
-"""
+"""Records: what a line, a JSON value or a table row has to be, and what is done about a bad one."""
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+from ds_tokimg.choices import DOCUMENTS
 from ds_tokimg.errors import UserError
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-FIELDS = ("text", "prompt", "answer")
-FORMAT_HELP = 'a record is a string, {"text": ...} or {"prompt": ..., "answer": ...}'
+ROLES = ("system", "user", "assistant", "tool", "developer")
 
-# A plain text, or a (prompt, answer) pair.
-Record = str | tuple[str, str]
-
-_GROUP_BYTES = 2 << 20
+# A text file whose lines are cut at 70 to 80 characters has most of its lines shorter than this, and ending anywhere.
+_LINE_OF_PROSE = 80
+_ENDS = tuple(".!?…:;\"'”’»)]}。！？|")
 
 
-class Span(NamedTuple):
-    """Part of a file (bytes start…stop of lines, or row groups of a parquet file) or rows of a hub data set."""
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files become records.
 
-    path: str
-    start: int
-    stop: int
-
-
-@dataclass
-class Source:
-    """A corpus as found: groups of spans, each about as much work as the next.
-
-    fingerprint: changes whenever the files do. rows: the `datasets.Dataset` when the corpus comes from the hub.
+    text_key: the key or column that holds a record's text, in place of "text". It wins over all other keys.
+    document: what one text of a plain text file is: a line, a paragraph (blank lines part them) or the file; None for
+        what suits the format: a line of a .txt, the whole of a .md.
+    skip_bad_records: leave bad records out and count them; otherwise the first one is an error.
     """
 
-    name: str
-    groups: list[list[Span]]
-    fingerprint: str
-    num_bytes: int
-    rows: object = field(default=None, repr=False)
+    text_key: str | None = None
+    document: str | None = None
+    skip_bad_records: bool = False
 
-    def read(self, group: int) -> Iterator[Record]:
-        """The records of one group, in order. Raises UserError for a bad one."""
-        for span in self.groups[group]:
-            yield from _read_rows(span, self.rows) if self.rows is not None else read_span(span)
+    def __post_init__(self) -> None:
+        if self.document not in (None, *DOCUMENTS):
+            raise UserError(f"unknown document {self.document!r}; available: {', '.join(DOCUMENTS)}")
+        if self.text_key == "":
+            raise UserError("text_key is empty: name the key or column that holds the text, or leave it out")
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The keys that are looked at in a record, the most important first."""
+        return (self.text_key or "text", "prompt", "answer", "messages")
 
-def find(data_path: str | Path) -> Source:
-    """What there is to read at `data_path`: a file, a folder, or else a Hugging Face data set name.
-
-    Raises UserError when there is nothing.
-    """
-    path = Path(data_path).expanduser()
-    if not path.exists():
-        return _find_on_hub(str(data_path))
-    files = _list_files(path)
-    spans = [sized for file in files for sized in _spans(file)]
-    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    total = sum(size for _, size, _ in stamps)
-    return Source(str(data_path), _group(spans), _digest(stamps), total)
+    @property
+    def format_help(self) -> str:
+        return (
+            f'a record is a string, {{"{self.text_key or "text"}": ...}}, {{"prompt": ..., "answer": ...}} or '
+            '{"messages": [{"role": ..., "content": ...}, ...]}'
+        )
 
 
-def _list_files(path: Path) -> list[Path]:
-    """The files of a folder, sorted by path, hidden ones and other formats left out; or the file itself."""
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise UserError(
-                f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; use {', '.join(SUFFIXES)}"
-            )
-        return [path]
-    found = [f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file()]
-    visible = [f for f in found if not any(p.startswith(".") for p in f.relative_to(path).parts)]
-    if not visible:
-        raise UserError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
-    return sorted(visible)
+AS_USUAL = ReadOptions()
 
 
-def _spans(file: Path) -> list[tuple[Span, int]]:
-    """The spans of a file and the bytes in each."""
-    path = str(file)
-    if file.suffix == ".parquet":
-        metadata = _open_parquet(path).metadata
-        sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-        return [(Span(path, i, i + 1), size) for i, size in enumerate(sizes)]
-    size = _check_readable(file)
-    step = size if file.suffix == ".json" else _GROUP_BYTES  # a JSON document is parsed whole
-    spans = [Span(path, i, min(i + step, size)) for i in range(0, size, max(1, step))]
-    return [(span, span.stop - span.start) for span in spans]
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as (role, content), the last one by the assistant."""
+
+    messages: tuple[tuple[str, str], ...]
+
+    @property
+    def prompt(self) -> str:
+        """What comes before the last answer, a message a line."""
+        return "\n".join(content for _, content in self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1][1]
 
 
-def _check_readable(file: Path) -> int:
-    try:
-        with open(file, "rb") as stream:
-            return stream.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+# A plain text, a (prompt, answer) pair, or a conversation.
+Record = str | tuple[str, str] | Conversation
 
 
-def _group(spans: list[tuple[Span, int]]) -> list[list[Span]]:
-    """Puts small files together, so that a folder of thousands of them is not thousands of tiny jobs."""
-    groups: list[list[Span]] = []
-    room = 0
-    for span, size in spans:
-        if size > room:
-            groups.append([])
-            room = _GROUP_BYTES
-        groups[-1].append(span)
-        room -= size
-    return groups
+def parts_of(record: Record) -> tuple[str, str]:
+    """(prompt, scored text), without a chat template: the prompt of a plain text is empty."""
+    if isinstance(record, str):
+        return "", record
+    return (record.prompt, record.answer) if isinstance(record, Conversation) else record
 
 
-def _digest(parts: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+def joined(record: Record) -> str:
+    """A record as one text: the answer begins a line of its own."""
+    if isinstance(record, str):
+        return record
+    prompt, answer = parts_of(record)
+    return prompt + answer if prompt.endswith("\n") else f"{prompt}\n{answer}"
 
 
-# ---- reading ----
-
-
-def read_span(span: Span) -> Iterable[Record]:
-    """The records of a span, blank ones left out. Raises UserError that names file, line and problem."""
-    suffix = Path(span.path).suffix
-    if suffix == ".parquet":
-        return _read_parquet(span)
-    if suffix == ".json":
-        return _read_json(span.path)
-    text, offset = _read_lines(span)
-    lines = text.split("\n")
-    if suffix == ".jsonl":
-        return _parse_lines(span.path, offset, lines)
-    if "\r" in text:
-        lines = [line.removesuffix("\r") for line in lines]
-    return [line for line in lines if line and not line.isspace()]
-
-
-def _read_lines(span: Span) -> tuple[str, int]:
-    """The lines that begin inside the span, and the byte where the first of them begins."""
-    with open(span.path, "rb") as file:
-        if span.start:
-            # From one byte earlier: the rest of a line that belongs to the span before.
-            file.seek(span.start - 1)
-            file.readline()
-        offset = file.tell()
-        data = file.read(max(0, span.stop - offset))
-        if data and not data.endswith(b"\n"):
-            data += file.readline()
-    if offset == 0:
-        data = data.removeprefix(codecs.BOM_UTF8)
-    return _decode(span.path, data, offset), offset
-
-
-def _decode(path: str, data: bytes, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = _line_number(path, offset) + data.count(b"\n", 0, error.start)
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert the file, for example "
-            "with `iconv -f latin1 -t utf-8`"
-        ) from error
-
-
-def _line_number(path: str, offset: int) -> int:
-    """The number (from 1) of the line that begins at a byte offset."""
-    number, block = 1, 1 << 24
-    with open(path, "rb") as file:
-        for start in range(0, offset, block):
-            number += file.read(min(block, offset - start)).count(b"\n")
-    return number
-
-
-def _parse_lines(path: str, offset: int, lines: list[str]) -> list[Record]:
-    records = []
-    for i, line in enumerate(lines):
-        if not line or line.isspace():
-            continue
-        try:
-            records.append(to_record(json.loads(line)))
-        except json.JSONDecodeError as error:
-            where = f"{path}, line {_line_number(path, offset) + i}"
-            raise UserError(
-                f"{where}: invalid JSON: {error.msg} (column {error.colno}); a .jsonl file has one record a "
-                f"line, and {FORMAT_HELP}"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{path}, line {_line_number(path, offset) + i}: {error}") from error
-    return [record for record in records if not _is_blank(record)]
-
-
-def _read_json(path: str) -> list[Record]:
-    text = _decode(path, Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), 0)
-    if not text or text.isspace():
-        return []
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = " (for one object a line, name the file .jsonl)" if error.msg == "Extra data" else ""
-        where = f"{path}, line {error.lineno}"
-        raise UserError(f"{where}: invalid JSON: {error.msg} (column {error.colno}){hint}") from error
-    items = content if isinstance(content, list) else [content]
-    records, i = [], 0
-    try:
-        for i, item in enumerate(items):  # noqa: B007 (the handler names the item)
-            records.append(to_record(item))
-    except ValueError as error:
-        line = _line_of_item(text, i) if items is content else 1
-        raise UserError(f"{path}, line {line}: {error} (record {i + 1})") from error
-    return [record for record in records if not _is_blank(record)]
-
-
-def _line_of_item(text: str, index: int) -> int:
-    """The line on which an item of a JSON list begins."""
-    decoder = json.JSONDecoder()
-    position = text.index("[") + 1
-    for i in range(index + 1):
-        while text[position].isspace() or text[position] == ",":
-            position += 1
-        if i < index:
-            _, position = decoder.raw_decode(text, position)
-    return text.count("\n", 0, position) + 1
-
-
-def to_record(item: Any) -> Record:
-    """A parsed JSON value or table row -> text or (prompt, answer). Raises ValueError with what is wrong."""
+def to_record(item: Any, options: ReadOptions) -> Record:
+    """A parsed JSON value or table row -> a record. A field that is null counts as missing; where all the fields that
+    are there are null, the record is an empty text. Raises ValueError with what is wrong."""
     if isinstance(item, str):
         return _checked("a record", item)
     if not isinstance(item, dict):
-        raise ValueError(f"{FORMAT_HELP}; this one is {_kind(item)}")
-    present = [name for name in FIELDS if item.get(name) is not None]
-    if present == ["text"]:
-        return _checked("text", item["text"])
+        raise ValueError(f"{options.format_help}; this one is {_kind(item)}")
+    text, *_ = fields = options.fields
+    present = [name for name in fields if item.get(name) is not None]
+    if present == [text] or (options.text_key and text in present):
+        return _checked(text, item[text])
     if present == ["prompt", "answer"]:
         return _checked("prompt", item["prompt"]), _checked("answer", item["answer"])
-    if "text" in present:
-        raise ValueError(f'has both "text" and "{present[1]}"; {FORMAT_HELP}')
+    if present == ["messages"]:
+        return _conversation(item["messages"])
+    if len(present) > 1:
+        raise ValueError(f'has both "{present[0]}" and "{present[-1]}"; {options.format_help}')
     if present:
         missing = "answer" if present == ["prompt"] else "prompt"
-        raise ValueError(f'has "{present[0]}" but no "{missing}"; {FORMAT_HELP}')
+        raise ValueError(f'has "{present[0]}" but no "{missing}"; {options.format_help}')
+    if any(name in item for name in fields):
+        return ""
     keys = ", ".join(map(repr, list(item)[:8])) or "none"
-    raise ValueError(f"{FORMAT_HELP}; this one has the keys: {keys}")
+    raise ValueError(f"{options.format_help}; this one has the keys: {keys}")
+
+
+def _conversation(messages: Any) -> Conversation:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError('"messages" must be a list of {"role": ..., "content": ...}')
+    found = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f'a message has the role {role!r}; a "role" is one of {", ".join(ROLES)}')
+        found.append((role, _checked("content", content)))
+    if not found or found[-1][0] != "assistant":
+        raise ValueError('the last of the "messages" must have the role "assistant": its content is what is learnt')
+    return Conversation(tuple(found))
 
 
 def _checked(name: str, value: Any) -> str:
@@ -266,82 +143,51 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _is_blank(record: Record) -> bool:
-    """Whether there is nothing to learn: a blank text, or a pair whose answer is blank."""
-    scored = record if isinstance(record, str) else record[1]
+def is_blank(record: Record) -> bool:
+    """Whether there is nothing to learn: a blank text, or a blank answer."""
+    scored = parts_of(record)[1]
     return not scored or scored.isspace()
 
 
-# ---- tables ----
+@dataclass
+class Tally:
+    """What reading came upon that a person should know; sums over the parts of a corpus.
 
+    bad: records left out. example: one of them, with its problem. lines: texts that were a line of a text file.
+    broken_off: those of them that are shorter than a line of prose and end without an end of sentence.
+    """
 
-def _open_parquet(path: str) -> Any:
-    from pyarrow import parquet
+    skip_bad: bool = False
+    bad: int = 0
+    example: str = ""
+    lines: int = 0
+    broken_off: int = 0
 
-    with _parquet_errors(path):
-        table = parquet.ParquetFile(path)
-    _check_columns(path, table.schema_arrow.names)
-    return table
+    def reject(self, where: Callable[[], str], problem: str) -> None:
+        """A bad record: counts it, or raises UserError. `where` names its file and line: that takes time to find."""
+        if not self.skip_bad:
+            raise UserError(f"{where()}: {problem} (--skip_bad_records leaves bad records out)")
+        self.bad += 1
+        self.example = self.example or f"{where()}: {problem}"
 
+    def count_lines(self, lines: list[str]) -> None:
+        """Texts that are lines of a text file."""
+        self.lines += len(lines)
+        self.broken_off += sum(len(line) < _LINE_OF_PROSE and not line.rstrip().endswith(_ENDS) for line in lines)
 
-@contextlib.contextmanager
-def _parquet_errors(path: str) -> Iterator[None]:
-    import pyarrow
+    def add(self, other: Tally) -> None:
+        self.bad, self.example = self.bad + other.bad, self.example or other.example
+        self.lines, self.broken_off = self.lines + other.lines, self.broken_off + other.broken_off
 
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {error}") from error
-
-
-def _check_columns(name: str, columns: list[str]) -> None:
-    if "text" not in columns and not {"prompt", "answer"} <= set(columns):
-        raise UserError(f'{name} has the columns {", ".join(columns)}; it needs "text", or "prompt" and "answer"')
-
-
-def _read_parquet(span: Span) -> list[Record]:
-    table = _open_parquet(span.path)
-    first = sum(table.metadata.row_group(i).num_rows for i in range(span.start))
-    columns = [name for name in FIELDS if name in table.schema_arrow.names]
-    with _parquet_errors(span.path):
-        rows = table.read_row_groups(range(span.start, span.stop), columns=columns).to_pylist()
-    return _rows_to_records(span.path, rows, first)
-
-
-def _read_rows(span: Span, dataset: Any) -> list[Record]:
-    columns = [name for name in FIELDS if name in dataset.column_names]
-    batch = dataset.select_columns(columns)[span.start : span.stop]
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-    return _rows_to_records(span.path, rows, span.start)
-
-
-def _rows_to_records(name: str, rows: list[dict[str, Any]], first: int) -> list[Record]:
-    records = []
-    for i, row in enumerate(rows):
-        if all(value is None for value in row.values()):
-            continue
-        try:
-            records.append(to_record(row))
-        except ValueError as error:
-            raise UserError(f"{name}, row {first + i + 1}: {error}") from error
-    return [record for record in records if not _is_blank(record)]
-
-
-def _find_on_hub(name: str) -> Source:
-    """`owner/name` or `owner/name:configuration`, the training split, read by `datasets`."""
-    if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"no such file or folder: {name}")
-    import datasets
-
-    repository, _, configuration = name.partition(":")
-    try:
-        rows = datasets.load_dataset(repository, configuration or None, split="train")
-    except Exception as error:  # network, missing repository, unknown configuration: each library its own
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{name!r} is no file or folder here, and cannot be loaded as a Hugging Face data set: {reason}"
-        ) from error
-    _check_columns(name, rows.column_names)
-    step = 2000
-    groups = [[Span(name, i, min(i + step, len(rows)))] for i in range(0, len(rows), step)]
-    return Source(name, groups, _digest([name, rows._fingerprint]), rows.dataset_size or 0, rows)
+    def notes(self, name: str) -> list[str]:
+        """One line for each thing to know about the corpus `name`."""
+        notes = []
+        if self.bad:
+            notes.append(f"{name}: {self.bad:,} bad record(s) left out, for example: {self.example}")
+        if self.lines >= 20 and self.broken_off > self.lines / 2:
+            notes.append(
+                f"{name}: {self.broken_off:,} of {self.lines:,} texts are lines of less than {_LINE_OF_PROSE} "
+                "characters that end within a sentence; if line breaks only wrap the text there, give --document "
+                "paragraph (blank lines part the texts) or file"
+            )
+        return notes

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
 from ds_tokimg.data.batch import Canvas
 from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.data.records import ReadOptions
+from ds_tokimg.data.sources import weight_of
 from ds_tokimg.errors import value_problems
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
@@ -27,8 +30,11 @@ class TextFormat:
     use_chat_template: bool
     eos_id: int
     tokenizer: str  # fingerprint
-    data_path: str  # absolute where it is a local path
+    data_path: list[str]  # absolute where they are local paths, without weights
     eval_data_path: str | None
+    text_key: str | None
+    document: str | None
+    skip_bad_records: bool
     eval_fraction: float
     objective: str
     timesteps: str
@@ -42,8 +48,12 @@ class TextFormat:
             eos_id=tokenizer.eos_token_id,
             tokenizer=tokenizers.fingerprint(tokenizer),
             data_path=absolute(config.data_path),
-            eval_data_path=config.eval_data_path and absolute(config.eval_data_path),
+            eval_data_path=config.eval_data_path and absolute([config.eval_data_path])[0],
         )
+
+    @property
+    def read_options(self) -> ReadOptions:
+        return ReadOptions(self.text_key, self.document, self.skip_bad_records)
 
     @property
     def answers(self) -> Canvas | None:
@@ -75,13 +85,14 @@ class TextFormat:
         return problems
 
 
-def absolute(data_path: str) -> str:
-    """Absolute form of a local path; a hub name stays as it is."""
-    return str(Path(data_path).resolve()) if Path(data_path).exists() else data_path
+def absolute(data_paths: Sequence[str]) -> list[str]:
+    """Absolute forms of local paths, without their weights; a hub name stays as it is."""
+    paths = [weight_of(path)[0] for path in data_paths]
+    return [str(Path(path).resolve()) if Path(path).exists() else path for path in paths]
 
 
-def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split: str, cache_dir) -> TokenImageDataset:
-    """The texts of a path in a run's format."""
+def dataset_of(text_format: TextFormat, layout, tokenizer, data_path, split: str, cache_dir) -> TokenImageDataset:
+    """The texts of a path, or of several, in a run's format."""
     codec = layout.codec
     return TokenImageDataset(
         data_path,
@@ -99,4 +110,5 @@ def dataset_of(text_format: TextFormat, layout, tokenizer, data_path: str, split
         split=split,
         eval_fraction=text_format.eval_fraction,
         cache_dir=cache_dir,
+        read=text_format.read_options,
     )

@@ -79,8 +79,8 @@ def _known_tokens(trained: TrainedModel, text: str) -> tuple[dict[int, int], int
         raise UserError(f"--infill {text[:40]!r}: no gap to fill; write one of 8 tokens as <gap:8>")
     known: dict[int, int] = {}
     place = 0
-    for piece, gap in zip(pieces[::2], [*gaps, 0], strict=True):
-        ids = tokenizers.encode(trained.tokenizer, [piece])[0].tolist()
+    for number, (piece, gap) in enumerate(zip(pieces[::2], [*gaps, 0], strict=True)):
+        ids = tokenizers.encode_part(trained.tokenizer, piece, inside=number > 0).tolist()
         known |= dict(enumerate(ids, start=place))
         place += len(ids) + gap
     return known, place
@@ -93,6 +93,10 @@ def _report(invalid: int) -> None:
 
 def _prompt_ids(trained: TrainedModel, prompt: str) -> list[int]:
     ids = tokenizers.encode_prompt(trained.tokenizer, prompt, trained.format.use_chat_template).tolist()
+    seen = trained.format.max_tokens
+    if trained.format.enable_condition and len(ids) > seen:  # as in training
+        print(f"the prompt {prompt[:40]!r}… has {len(ids):,} tokens; the last {seen:,} of them are seen (max_tokens)")
+        return ids[-seen:]
     capacity = trained.layout.codec.capacity(trained.layout.img_size)
     if len(ids) > capacity:
         raise UserError(f"the prompt {prompt[:40]!r}… has {len(ids)} tokens; an image holds {capacity}: shorten it")

@@ -14,7 +14,7 @@ from pathlib import Path
 from ds_tokimg import recipes
 from ds_tokimg.errors import UserError, alternatives, nearest, raise_problems
 from ds_tokimg.settings.config import SECTIONS, TrainConfig
-from ds_tokimg.settings.setting import FIXED, LAUNCH, type_problem, value_problem
+from ds_tokimg.settings.setting import FIXED, LAUNCH, TEXTS, type_problem, value_problem
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
@@ -183,7 +183,7 @@ def flags_of(config: TrainConfig, *without: str) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no_{name}")
         else:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return words
 
 
@@ -202,7 +202,9 @@ def _add_value(group, field: dataclasses.Field, shown, hidden: bool) -> None:
     """Add `--name VALUE`."""
     kind, data = alternatives(field.type)[0], field.metadata
     options = {} if data["const"] is None else {"nargs": "?", "const": data["const"]}
-    text = data["help"] if shown in (None, "") else f"{data['help']} (default: {shown})"
+    if kind == TEXTS:
+        kind, options = str, {"nargs": "+"}
+    text = data["help"] if shown in (None, "", ()) else f"{data['help']} (default: {shown})"
     usual = "PATH" if data["is_path"] else {int: "N", float: "X", str: "NAME"}[kind]
     metavar = "{" + ",".join(data["choices"]) + "}" if data["choices"] else data["metavar"] or usual
     group.add_argument(

@@ -44,11 +44,20 @@ _path = partial(setting, is_path=True)
 class DataSettings:
     """Which texts are trained on, and how they are cut into samples."""
 
-    data_path: str = _path("", "a .txt, .json, .jsonl or .parquet file, a folder of them, or a hub name", resume=FIXED)
+    data_path: list[str] = _path(  # noqa: RUF009
+        (), "files, folders or hub names of texts; PATH:WEIGHT, all of them, for their shares of an epoch", resume=FIXED
+    )
     eval_data_path: str | None = _path(None, "validation texts (not given: some documents are held out)", resume=FIXED)
     eval_fraction: float = _fixed(
         0.05, "share of the documents held out, chosen by a hash of their text; 0: no validation", PROPER_SHARE
     )
+    text_key: str | None = _fixed(None, "key or column that holds the text of a record (not given: text)")
+    document: str | None = _fixed(
+        None,
+        "what one text of a .txt or .md file is (not given: a line of a .txt, all of a .md)",
+        choices=choices.DOCUMENTS,
+    )
+    skip_bad_records: bool = _fixed(False, "leave out bad records, and say how many")
     tokenizer_path: str | None = _path(None, "tokenizer folder or hub name (not given: one is trained)")
     vocab_size: int = _fixed(
         1024,
@@ -194,6 +203,11 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
     The defaults hold where neither a recipe nor a flag says more; recipes state those of a method together.
     """
 
+    def __post_init__(self):
+        """A single data path may be given as it is."""
+        if isinstance(self.data_path, str | tuple):
+            self.data_path = [self.data_path] if isinstance(self.data_path, str) else list(self.data_path)
+
     def validate(self) -> None:
         """Raise one UserError listing all settings of a wrong type, out of range or in contradiction."""
         raise_problems("these settings cannot be used:", self.problems())
@@ -264,7 +278,9 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
 
     def _contradictions(self) -> list[str]:
         problems = []
-        if not self.data_path:
+        if self.text_key == "":
+            problems.append("--text_key is empty: name the key or column that holds the text, or leave it out")
+        if not any(self.data_path):
             problems.append("--data_path is missing: name a file or folder of texts, or a data set")
         if self.head == "linear" and self.objective == "ce":
             problems.append("--head linear has no digit posteriors for --objective ce: use mse or elbo")

@@ -41,6 +41,8 @@ DROPPED_IN_1: dict[str, dict[str, object]] = {
 }
 # Lists of format 0 of which format 1 has the only element, or `0.0` for an empty one.
 SINGLE_IN_1 = ((CONFIG, "ema_decay"), (TRAINER_STATE, "ema_decay"))
+# How format 0 read its files.
+_READING_IN_0: dict[str, object] = {"text_key": None, "document": None, "skip_bad_records": False}
 # Settings that format 0 did not have. A run of that time has no recipe; the others say what an open learning rate,
 # train batch and number of epochs follow from, and none is open where the run's own JSON goes on.
 ADDED_IN_1: dict[str, dict[str, object]] = {
@@ -50,8 +52,12 @@ ADDED_IN_1: dict[str, dict[str, object]] = {
         "smallest_train_batch": 4,
         "wanted_steps": 1000,
         "most_epochs": 20,
-    }
+        **_READING_IN_0,
+    },
+    TEXT: _READING_IN_0,
 }
+# One text of format 0 that is a list of them in format 1.
+LISTED_IN_1 = ((CONFIG, "data_path"), (TEXT, "data_path"))
 # Up to this vocabulary a posterior that format 0 left open was over whole tokens.
 WHOLE_TOKENS_IN_0 = 4096
 
@@ -166,6 +172,9 @@ def _to_format_1(files: Files, paths: Mapping[str, str | Path]) -> None:
     for kind, added in ADDED_IN_1.items():
         if kind in files:
             files[kind] |= {key: value for key, value in added.items() if key not in files[kind]}
+    for kind, key in LISTED_IN_1:
+        if isinstance(files.get(kind, {}).get(key), str):
+            files[kind][key] = [files[kind][key]]
     for kind, key in SINGLE_IN_1:
         if kind in files:
             _single(_settings(files[kind], kind), key, paths[kind] if kind == CONFIG else None)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from ds_tokimg.errors import described, has_type, nearest
 
+TEXTS = list[str]  # the type of a flag that takes one or more
+
 # What a resumed run does with a setting.
 FIXED = "fixed for the run"  # another value is another run
 MAY_CHANGE = "may change"  # the run's own unless a flag says otherwise
@@ -57,7 +59,7 @@ def type_problem(field: dataclasses.Field, value) -> str | None:
 def value_problem(field: dataclasses.Field, value) -> str | None:
     """What is wrong with a value of the right type, or None."""
     choices, range_ = field.metadata["choices"], field.metadata["range"]
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         return f"choose one of {', '.join(choices)}{nearest(value, choices)}"
     if range_ is not None and value is not None and not range_.holds(value):
         return f"expected {range_.text}"

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ds_tokimg.errors import UserError
+from ds_tokimg.tokens.control import control_tokens, guarded, is_guarded, name_of, spell, unguarded
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -24,6 +25,13 @@ _BATCH_TEXTS = 1000
 _BATCH_CHARACTERS = 1_000_000
 
 _BYTE_ALPHABET = 256
+
+# Put before a text to see how it is written in the middle of another; the first that it does not merge with is taken.
+_LEADS = ("\n", ".", "a", "1")
+
+
+class RefusedConversation(UserError, ValueError):
+    """A chat template that raises an error for a conversation: a bad record, or a user's mistake."""
 
 
 class Tokenizer(Protocol):
@@ -35,8 +43,12 @@ class Tokenizer(Protocol):
     pad_token_id: int
     chat_template: Any
     name_or_path: str
+    unk_token: str | None
+    all_special_tokens: list[str]
+    all_special_ids: list[int]
 
     def __call__(self, text: Any, **options: Any) -> Any: ...
+    def __len__(self) -> int: ...
     def get_vocab(self) -> dict[str, int]: ...
     def add_special_tokens(self, special_tokens_dict: dict[str, Any]) -> int: ...
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
@@ -130,16 +142,42 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], parse_special: bool = Fal
     """Texts -> their ids end to end, int32 [total], and the length of each, int64 [len(texts)].
 
     Nothing is added: no BOS, no EOS. With `parse_special=False` a text that happens to contain `<|endoftext|>` is
-    spelt out as plain characters, so that no document can forge the end of a text; chat templates need True.
+    spelt out as plain characters, so that no document can forge the end of a text; chat templates need True, and
+    guard what their messages contain (`guarded`).
+
+    Raises UserError for a text that the tokenizer cannot write.
     """
     encode_batch = _batch_encoder(tokenizer, parse_special)
     values, lengths = array("i"), array("q")
     for batch in _batches(texts):
         # One text at a time: Python's integers are gone again before they fall out of the CPU's cache.
-        for ids in encode_batch(batch):
+        for ids in _all_or_error(tokenizer, encode_batch, batch):
             values.fromlist(ids)
             lengths.append(len(ids))
-    return np.array(values, dtype=np.int32), np.array(lengths, dtype=np.int64)
+    result = np.array(values, dtype=np.int32), np.array(lengths, dtype=np.int64)
+    return result if parse_special else _without_control(tokenizer, texts, *result)
+
+
+def encode_part(tokenizer: Tokenizer, text: str, inside: bool) -> np.ndarray:
+    """The ids of a part of a text, int32 [n]. `inside`: it does not begin the text, so it gets no blank (or mark of a
+    word's beginning) that it does not have, which many tokenizers put at the start.
+
+    Says so where the tokenizer cannot write the part as it is.
+    """
+    plain = encode(tokenizer, [text])[0]
+    if not text or (not inside and tokenizer.decode(plain) == text):
+        return plain
+    for lead in _LEADS if inside else ():
+        before = encode(tokenizer, [lead])[0]
+        if tokenizer.decode(before) != lead:
+            continue
+        if tokenizer.decode(np.concatenate([before, plain])) == lead + text:
+            return plain
+        whole = encode(tokenizer, [lead + text])[0]
+        if np.array_equal(whole[: len(before)], before) and tokenizer.decode(whole) == lead + text:
+            return whole[len(before) :]
+    print(f"the tokenizer writes {text!r} as {tokenizer.decode(plain)!r}")
+    return plain
 
 
 def _batch_encoder(tokenizer: Tokenizer, parse_special: bool) -> Callable[[Sequence[str]], Iterable[list[int]]]:
@@ -150,7 +188,57 @@ def _batch_encoder(tokenizer: Tokenizer, parse_special: bool) -> Callable[[Seque
             "input_ids"
         ]
     backend.encode_special_tokens = not parse_special
-    return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
+    if not parse_special:
+        return lambda batch: (e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False))
+
+    def with_guards(batch: Sequence[str]) -> Iterator[list[int]]:
+        plain = [text if not is_guarded(text) else "" for text in batch]
+        found = backend.encode_batch_fast(plain, add_special_tokens=False)
+        for text, encoding in zip(batch, found, strict=True):
+            yield encoding.ids if not is_guarded(text) else spell(tokenizer, backend, text)
+
+    return with_guards
+
+
+def _all_or_error(
+    tokenizer: Tokenizer, encode_batch: Callable[[Sequence[str]], Iterable[list[int]]], batch: Sequence[str]
+) -> Iterator[list[int]]:
+    """The ids of each text. The Rust library raises plain exceptions, for example without token for unknown words."""
+    try:
+        yield from encode_batch(batch)
+    except UserError:
+        raise
+    except Exception as error:
+        for text in batch:
+            try:
+                list(encode_batch([text]))
+            except Exception as reason:
+                raise UserError(
+                    f"the tokenizer {name_of(tokenizer)} cannot write the text {unguarded(tokenizer, text)[:60]!r}: "
+                    f"{reason}; give a --tokenizer_path that has a token for what is unknown"
+                ) from reason
+        raise UserError(f"the tokenizer {name_of(tokenizer)} failed: {error}") from error
+
+
+def _without_control(
+    tokenizer: Tokenizer, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids with no control token among them. Vocabularies of whole pieces (Unigram, WordLevel) hold their names as
+    pieces of text too: the texts in which one was found are spelt again without these."""
+    control = np.fromiter(control_tokens(tokenizer).values(), np.int32)
+    forged = np.flatnonzero(np.isin(ids, control))
+    if not len(forged):
+        return ids, lengths
+    ends = np.cumsum(lengths)
+    parts = np.split(ids, ends[:-1])
+    for i in np.unique(np.searchsorted(ends, forged, side="right")):
+        parts[i] = np.array(spell(tokenizer, _backend(tokenizer), texts[i], plain=True), dtype=np.int32)
+        if tokenizer.eos_token_id in parts[i]:
+            raise UserError(
+                f"the tokenizer {name_of(tokenizer)} writes words that it does not know as {tokenizer.eos_token!r}, "
+                f"its end-of-text token; one is in the text {texts[i][:60]!r}: use a tokenizer with another for them"
+            )
+    return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 
 
 def _backend(tokenizer: Tokenizer) -> Any:
@@ -184,14 +272,15 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
         )
 
 
-def chat_format(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
-    """A prompt/answer pair in the chat template: (all up to where the assistant speaks, the rest).
+def chat_format(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """A conversation as (role, content) in the chat template: (all up to where the assistant's last message begins,
+    the rest), with `guarded` contents.
 
-    The rest comes without the template's own end-of-text, which the caller appends as an id.
+    The rest comes without the template's own end-of-text, which the caller appends as an id. Raises UserError for a
+    template that cannot write it.
     """
-    user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
-    opening = chat_prompt(tokenizer, prompt)
-    whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    opening = _rendered(tokenizer, messages[:-1], add_generation_prompt=True)
+    whole = _rendered(tokenizer, messages)
     if not whole.startswith(opening):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} writes a conversation differently once the "
@@ -205,8 +294,18 @@ def chat_format(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, st
 
 def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     """A prompt in the tokenizer's chat template, up to where the assistant speaks."""
-    message = {"role": "user", "content": prompt}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return _rendered(tokenizer, [("user", prompt)], add_generation_prompt=True)
+
+
+def _rendered(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
+    written = [{"role": role, "content": guarded(tokenizer, content)} for role, content in messages]
+    try:
+        return str(tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # templates raise what they like, for example for a role that they do not know
+        roles = ", ".join(role for role, _ in messages)
+        raise RefusedConversation(
+            f"the chat template of {name_of(tokenizer)} refuses a conversation of {roles}: {error}"
+        ) from error
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, use_chat_template: bool = False) -> np.ndarray:

@@ -15,6 +15,8 @@ from ds_tokimg.data import corpus
 from ds_tokimg.data.batch import BatchMaker, BatchPacker, Draws
 from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.order import steps_per_epoch
+from ds_tokimg.data.records import ReadOptions
+from ds_tokimg.data.sources import find_all
 from ds_tokimg.data.text_format import TextFormat, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import load_trained
@@ -44,6 +46,11 @@ class Parts:
 
     def steps_per_epoch(self, train_batch_size: int) -> int:
         return steps_per_epoch(len(self.train_set), train_batch_size)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the texts, each once."""
+        return list(dict.fromkeys([*self.train_set.notes, *self.eval_set.notes]))
 
     @cached_property
     def unigram_entropy(self) -> float:
@@ -87,13 +94,18 @@ def choose_tokenizer(config: TrainConfig, resumed: Path | None, start):
     elif start is not None:
         own, source = start.tokenizer, config.init_from
     if own is None:
-        return given or tokenizers.train_tokenizer(corpus.read_texts(config.data_path), config.vocab_size)
+        return given or tokenizers.train_tokenizer(_texts_of(config), config.vocab_size)
     if given is not None and tokenizers.fingerprint(given) != tokenizers.fingerprint(own):
         raise UserError(
             f"--tokenizer_path {config.tokenizer_path} is not the tokenizer that {source} was trained with: "
             "leave the flag out, or start a new run"
         )
     return own
+
+
+def _texts_of(config: TrainConfig):
+    """The training texts as strings."""
+    return corpus.read_texts(find_all(config.data_path, config.part(ReadOptions)))
 
 
 def _codec(config: TrainConfig, tokenizer, start) -> TokenCodec:
@@ -114,7 +126,7 @@ def _codec(config: TrainConfig, tokenizer, start) -> TokenCodec:
 def _data_sets(config: TrainConfig, text_format: TextFormat, layout: PatchLayout, tokenizer):
     """Training and validation texts. Without --eval_data_path some documents of the training data are held out."""
 
-    def texts(path: str, split: str):
+    def texts(path, split: str):
         return dataset_of(text_format, layout, tokenizer, path, split, config.cache_dir)
 
     if config.eval_data_path:
@@ -123,8 +135,8 @@ def _data_sets(config: TrainConfig, text_format: TextFormat, layout: PatchLayout
         train_set, eval_set = texts(config.data_path, "train"), texts(config.data_path, "eval")
     if not len(train_set):
         raise UserError(
-            f"{config.data_path}: no text is left to train on (--eval_fraction {config.eval_fraction} holds all of it "
-            "out): give more data, or --eval_data_path"
+            f"{' '.join(config.data_path)}: no text is left to train on (--eval_fraction "
+            f"{config.eval_fraction} holds all of it out): give more data, or --eval_data_path"
         )
     return train_set, eval_set
 

@@ -49,6 +49,7 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
     config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
+    notes = [*parts.notes, *notes]
     notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     footprint = _footprint(config, parts, settings, machine)
     return {
@@ -85,7 +86,7 @@ def _data(parts: Parts, settings: dict, world_size: int) -> dict:
 def padding_fraction(parts: Parts, settings: dict, world_size: int) -> float:
     """Share of the computed token places without a token, over all ranks: the first train batches are really made."""
     size, accumulation = settings["train_batch_size"], settings["gradient_accumulation_steps"]
-    sampler = TrainBatchSampler(parts.train_set.lengths, size, parts.batch_maker.seed)
+    sampler = TrainBatchSampler(parts.train_set.lengths, size, parts.batch_maker.seed, mixture=parts.train_set.mixture)
     valid = places = 0
     for number, indices in enumerate(sampler.batches(0)[: max(1, PADDING_SAMPLES // size)]):
         positions = number * size + np.arange(len(indices))

@@ -34,7 +34,9 @@ class Run:
     def __init__(self, config: TrainConfig, settings: dict, parts: Parts, engine: TrainEngine, state: dict):
         self.config, self.parts, self.engine, self.dist = config, parts, engine, engine.dist
         self.train_batch_size = settings["train_batch_size"]
-        self.sampler = TrainBatchSampler(parts.train_set.lengths, self.train_batch_size, config.seed)
+        self.sampler = TrainBatchSampler(
+            parts.train_set.lengths, self.train_batch_size, config.seed, mixture=parts.train_set.mixture
+        )
         self.schedule_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
         self.first_step = state.get("step", 0)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ds_tokimg.data.sources import weight_of
 from ds_tokimg.settings.command_line import flags_of
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.automatic import left_open
@@ -25,7 +26,8 @@ def next_steps(config: TrainConfig, images: int, prompt: str | None) -> dict[str
         prompt: one to answer, of a run whose prompts are conditions.
     """
     folder, program = config.output_dir, program_name()
-    texts = ["--data_path", config.eval_data_path or config.data_path]
+    data = [config.eval_data_path] if config.eval_data_path else [weight_of(path)[0] for path in config.data_path]
+    texts = ["--data_path", *data]
     if config.eval_fraction == 0 and config.eval_data_path is None:
         texts += ["--split", "all"]
     if config.cache_dir is not None:

@@ -33,6 +33,7 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     config, decided = automatic.decide(config, raw, len(parts.train_set), dist.world_size, train_batch_size)
     settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
+    notes = [*parts.notes, *notes]
     notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     check_shared(config, dist)

@@ -109,8 +109,10 @@ def test_a_small_corpus_still_gives_a_validation_text(tokenizer, tmp_path):
     assert len(TokenImageDataset(path, tokenizer, split="train", eval_fraction=0)) == 1
     assert len(TokenImageDataset(path, tokenizer, split="eval", eval_fraction=0)) == 0
     for split in ("train", "eval"):
-        with pytest.raises(UserError, match=r"cannot be split.*--eval_data_path"):
+        with pytest.raises(UserError, match=r"cannot be split.*--eval_data_path.*--eval_fraction 0"):
             TokenImageDataset(path, tokenizer, split=split)
+    empty = TokenImageDataset(path, tokenizer, split="eval", eval_fraction=0)
+    assert (len(empty), empty.num_tokens, empty.num_bytes, list(empty.token_stream())) == (0, 0, 0, [])
 
 
 @pytest.mark.parametrize(("layout", "token_size"), [("patch", 1), ("raster", 1), ("patch", 2), ("raster", 4)])
@@ -138,6 +140,93 @@ def test_indices_count_from_either_end(data, tokenizer):
         with pytest.raises(IndexError):
             dataset[i]
     assert sum(1 for _ in dataset) == len(dataset)
+
+
+# ---- several paths ----
+
+
+@pytest.fixture
+def two_paths(tmp_path) -> list[Path]:
+    paths = [tmp_path / "large.txt", tmp_path / "small.txt"]
+    paths[0].write_text("".join(f"large {i} " + "word " * 20 + "\n" for i in range(90)))
+    paths[1].write_text("".join(f"small {i} " + "small " * 20 + "\n" for i in range(10)))
+    return paths
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_paths_without_weights_are_one_corpus_in_images_of_their_own(two_paths, tokenizer, packing):
+    options = {"img_size": 16, "max_tokens": 50, "packing": packing}
+    both = TokenImageDataset(two_paths, tokenizer, **options)
+    alone = [TokenImageDataset(path, tokenizer, **options) for path in two_paths]
+    assert samples(both) == [*samples(alone[0]), *samples(alone[1])]
+    assert both.mixture is None
+    with pytest.raises(IndexError):
+        both.ids(len(both))
+
+
+def test_splits_of_several_paths_are_those_of_their_texts(two_paths, tokenizer):
+    options = {"img_size": 16, "eval_fraction": 0.2, "packing": False}
+    for split in ("train", "eval"):
+        both = TokenImageDataset(two_paths, tokenizer, split=split, **options)
+        alone = [TokenImageDataset(path, tokenizer, split=split, **options) for path in two_paths]
+        assert samples(both) == [*samples(alone[0]), *samples(alone[1])]
+    # A path of one text, none of which is held out, is no mistake beside another.
+    two_paths[1].write_text("one text\n")
+    sizes = [TokenImageDataset(two_paths, tokenizer, split=s, **options).num_documents for s in ("train", "eval")]
+    assert sum(sizes) == 91
+
+
+@pytest.mark.parametrize("condition", [False, True])
+def test_weights_are_shares_of_the_images_of_an_epoch(two_paths, tokenizer, tmp_path, condition):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"q{i}", "answer": f"pairs {i}"}) + "\n" for i in range(30)))
+    paths = [f"{two_paths[0]}:1", f"{two_paths[1]}:2", f"{pairs}:1"]
+    options = {"img_size": 16, "max_tokens": 50, "enable_condition": condition}
+    dataset = TokenImageDataset(paths, tokenizer, **options)
+    drawn = dataset.mixture.draw(seed=1, epoch=3)
+    assert len(drawn) == len(dataset) and len(set(drawn.tolist())) == len(drawn)
+    seen = [tokenizer.decode(dataset.ids(int(i))) for i in drawn]
+    small = sum("small" in text for text in seen)
+    assert abs(small - len(dataset) / 2) <= 1
+    if condition:
+        prompted = [i for i in drawn.tolist() if len(dataset.prompt_ids(i))]
+        assert abs(len(prompted) - len(dataset) / 4) <= 1
+    assert max(drawn) >= len(dataset)  # a text that is seen again has a number of its own
+    assert TokenImageDataset(paths, tokenizer, split="eval", **options).mixture is None
+
+
+def test_a_path_with_a_weight_and_nothing_to_train_on(two_paths, tokenizer):
+    held_out = TokenImageDataset(two_paths[1], tokenizer, split="eval", eval_fraction=0.3, packing=False)
+    two_paths[1].write_text(tokenizer.decode(held_out.ids(0)[:-1]) + "\n")
+    paths = [f"{two_paths[0]}:1", f"{two_paths[1]}:1"]
+    with pytest.raises(UserError, match=r"no text of .*small\.txt is left to train on"):
+        TokenImageDataset(paths, tokenizer, split="train", eval_fraction=0.3)
+
+
+def test_a_repository_trains_and_validates_on_its_own_splits(tokenizer, tmp_path):
+    for split, count in (("train", 30), ("validation", 7), ("test", 5)):
+        (tmp_path / "repository").mkdir(exist_ok=True)
+        (tmp_path / "repository" / f"{split}.txt").write_text("".join(f"{split} {i}\n" for i in range(count)))
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"other {i}\n" for i in range(100)))
+
+    def words(path, split, **options) -> list[str]:
+        dataset = TokenImageDataset(path, tokenizer, img_size=16, split=split, **options)
+        return [tokenizer.decode(d[:-1]) for d in _documents(dataset)]
+
+    repository = tmp_path / "repository"
+    assert words(repository, "train") == words(repository, "all") == [f"train {i}" for i in range(30)]
+    assert words(repository, "eval") == [f"validation {i}" for i in range(7)]
+    assert words(repository, "train", eval_fraction=0) == words(repository, "all")
+    assert words(repository, "eval", eval_fraction=0) == []
+    held_out = words([repository, other], "eval", eval_fraction=0.2)
+    assert held_out[:7] == words(repository, "eval") and 5 < len(held_out) - 7 < 40
+    trained = words([repository, other], "train", eval_fraction=0.2)
+    assert trained[:30] == words(repository, "train") and not set(trained) & set(held_out)
+    notes = TokenImageDataset(repository, tokenizer, img_size=16).notes[:3]
+    assert [note.split(": ")[1].split(" (")[0] for note in notes] == [
+        "trains on its train split", "its validation split is used for validation", "neither trained nor validated on"
+    ]  # fmt: skip
 
 
 # ---- conditions ----
@@ -179,6 +268,14 @@ def test_conditions_without_packing_keep_the_order_of_the_records(mixed, tokeniz
     dataset = TokenImageDataset(mixed, tokenizer, enable_condition=True, packing=False)
     prompts = [PAIRS[0][0], "", "", *(p for p, _ in PAIRS[1:])]
     assert [tokenizer.decode(dataset.prompt_ids(i)) for i in range(len(dataset))] == prompts
+
+
+def test_prompts_that_are_cut_are_counted(mixed, tokenizer):
+    options = {"img_size": 16, "enable_condition": True}
+    (note,) = TokenImageDataset(mixed, tokenizer, max_tokens=24, **options).notes
+    assert note == "2 of 4 prompts are longer than max_tokens, 24; of these the last 24 tokens are seen"
+    assert TokenImageDataset(mixed, tokenizer, max_tokens=120, **options).notes == []
+    assert TokenImageDataset(mixed, tokenizer, img_size=16, max_tokens=24).notes == []
 
 
 def test_condition_images(mixed, tokenizer):

@@ -8,14 +8,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ds_tokimg.data import records
-from ds_tokimg.data.records import find, read_span
+from ds_tokimg.data import files
+from ds_tokimg.data.readers import read_span
+from ds_tokimg.data.records import AS_USUAL, ReadOptions, Tally
+from ds_tokimg.data.sources import find
 from ds_tokimg.errors import UserError
 
 
-def read(path) -> list:
-    source = find(path)
-    return [record for group in range(len(source.groups)) for record in source.read(group)]
+def read(path, tally=None, **options) -> list:
+    source = find(path, ReadOptions(**options))
+    return [record for group in range(len(source.groups)) for record in source.read(group, tally)]
 
 
 def write(path, content):
@@ -60,7 +62,7 @@ def test_json_is_a_list_or_one_object(tmp_path):
 
 
 def test_parquet_may_mix_kinds_in_columns_with_nulls(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1)
     rows = [{"text": "a text"}, {"prompt": "q", "answer": "a"}, {"other": 1}] * 5
     path = write_table(tmp_path / "a.parquet", rows, row_group_size=4)
     assert len(find(path).groups) == 4
@@ -77,6 +79,7 @@ def test_folder_is_read_sorted_and_deep_without_hidden_or_other_files(tmp_path):
     write(tmp_path / "a" / "z.jsonl", '"2"\n')
     write(tmp_path / "a" / "deep" / "x.json", '["1"]')
     write(tmp_path / "README.md", "no\n")
+    write(tmp_path / "c.zip", "no\n")
     write(tmp_path / ".hidden" / "c.txt", "no\n")
     write(tmp_path / ".c.txt", "no\n")
     write_table(tmp_path / "c.parquet", [{"text": "4"}])
@@ -88,7 +91,7 @@ def test_spans_cut_a_file_anywhere_without_loss(tmp_path, monkeypatch, size):
     lines = ["é" * n for n in range(1, 20)] + ["a", "b\r", "end"]
     path = write(tmp_path / "a.txt", "\n".join(lines))
     whole = read(path)
-    monkeypatch.setattr(records, "_GROUP_BYTES", size)
+    monkeypatch.setattr(files, "BLOCK_BYTES", size)
     assert len(find(path).groups) > 1
     assert read(path) == whole == [line.rstrip("\r") for line in lines]
 
@@ -118,9 +121,9 @@ def test_hub_data_set(monkeypatch, tmp_path):
 
     asked = []
     rows = datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(4500)], "id": range(4500)})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": rows})
     assert read("owner/name:config") == rows["text"][:]
-    assert asked == [(("owner/name", "config"), {"split": "train"})]
+    assert asked == [(("owner/name", "config"), {})]
 
 
 def test_hub_data_set_that_cannot_be_loaded_or_used(monkeypatch):
@@ -133,7 +136,7 @@ def test_hub_data_set_that_cannot_be_loaded_or_used(monkeypatch):
     with pytest.raises(UserError, match=r"'owner/name' is no file or folder here.*no route"):
         find("owner/name")
     rows = datasets.Dataset.from_dict({"content": ["x"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": rows})
     with pytest.raises(UserError, match='columns content; it needs "text"'):
         find("owner/name")
 
@@ -179,7 +182,7 @@ def test_bad_records_name_file_line_and_problem(tmp_path, record, problem):
 
 def test_line_numbers_are_right_in_later_spans(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", '"é"\n' * 40 + "oops\n" + '"x"\n' * 3)
-    monkeypatch.setattr(records, "_GROUP_BYTES", 16)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 16)
     with pytest.raises(UserError, match=re.escape(f"{path}, line 41: invalid JSON: Expecting value (column 1)")):
         read(path)
 
@@ -188,9 +191,13 @@ def test_invalid_json_names_the_place(tmp_path):
     path = write(tmp_path / "a.json", '[\n{"text": "x"},\n{"text": }\n]')
     with pytest.raises(UserError, match=re.escape(f"{path}, line 3: invalid JSON: Expecting value (column 10)")):
         read(path)
+
+
+def test_json_may_be_one_object_a_line(tmp_path):
     path = write(tmp_path / "b.json", '{"text": "x"}\n{"text": "y"}\n')
-    with pytest.raises(UserError, match=r", line 2: invalid JSON.*name the file \.jsonl"):
-        read(path)
+    assert read(path) == ["x", "y"]
+    with pytest.raises(UserError, match=r"b\.json, line 3: invalid JSON"):
+        read(write(path, '{"text": "x"}\n{"text": "y"}\n{"text": \n'))
 
 
 def test_text_that_is_not_utf8_names_the_line(tmp_path):
@@ -216,13 +223,14 @@ def test_bad_parquet(tmp_path):
 
 
 def test_unknown_format_and_folder_without_texts(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read '\.csv'; use \.txt, \.json"):
-        read(write(tmp_path / "a.csv", "x"))
-    with pytest.raises(UserError, match=r"holds no \.txt"):
+    for name, suffix in (("a.zip", ".zip"), ("a.parquet.gz", ".gz"), ("a", "a file without suffix")):
+        with pytest.raises(UserError, match=rf"cannot read '{re.escape(suffix)}'; use \.txt, \.md, \.json"):
+            read(write(tmp_path / name, "x"))
+    with pytest.raises(UserError, match=r"holds no text: .*; it holds 1 without suffix \(a\), 1 \.gz"):
         find(tmp_path)
 
 
 def test_empty_files_have_no_records(tmp_path):
     for name in ("a.txt", "b.json", "c.jsonl"):
         assert read(write(tmp_path / name, "")) == []
-    assert list(read_span(records.Span(str(tmp_path / "a.txt"), 0, 0))) == []
+    assert list(read_span(files.Span(str(tmp_path / "a.txt"), 0, 0), AS_USUAL, Tally())) == []

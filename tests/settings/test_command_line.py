@@ -40,7 +40,7 @@ def test_every_setting_is_a_flag_and_what_recipes_fix_is_not_in_the_short_help()
     for field in FIELDS:
         assert has_flag(full, field.name)
         assert has_flag(brief, field.name) != field.metadata["of_recipe"]
-    assert sum(has_flag(brief, field.name) for field in FIELDS) <= 36
+    assert sum(has_flag(brief, field.name) for field in FIELDS) <= 39
 
 
 def test_the_help_shows_the_recipe_that_is_named():
@@ -89,7 +89,7 @@ def test_all_mistakes_are_listed_at_once():
         (["--recipe", "reference", "--neighbours", "1"], "--head linear has no posteriors to hear"),
         (["--noisy_depth", "1"], "--noisy_depth 1 is for texts from left to right: give --block_size"),
         (["--timesteps", "logit_normal"], "choose one of band, uniform, entropic, noisy"),
-        (["text.txt"], "unknown argument 'text.txt'"),
+        (["--seed", "1", "text.txt"], "unknown argument 'text.txt'"),
     ],
 )
 def test_a_mistake_names_the_value_and_the_fix(argv, message):
@@ -111,6 +111,18 @@ def test_paths_know_the_home_folder_and_are_not_empty(flag, monkeypatch, tmp_pat
     assert getattr(config_of(f"--{flag}", "~/a.toml"), flag) == str(tmp_path / "a.toml")
     with pytest.raises(UserError, match=f"--{flag}: is empty"):
         config_of(f"--{flag}", "")
+
+
+def test_several_data_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = train_config(["--data_path", "~/a.txt:0.7", "b", "--document", "file", "--seed", "3"])
+    assert config.data_path == [f"{tmp_path}/a.txt:0.7", "b"]
+    assert train_config(flags_of(config)) == config
+    assert TrainConfig(data_path="x").data_path == ["x"]
+    with pytest.raises(UserError, match="--data_path: is empty"):
+        train_config(["--data_path", "a", ""])
+    (problem,) = problems_of("--data_path", "x", "--text_key", "")
+    assert problem == "  - --text_key is empty: name the key or column that holds the text, or leave it out"
 
 
 # ---- recipes ----

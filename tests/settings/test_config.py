@@ -26,7 +26,7 @@ def test_numbers_have_a_range():
 
 def test_a_group_of_settings_is_taken_as_one():
     config = TrainConfig(data_path="x", packing=False, seed=3)
-    assert config.part(DataSettings) == DataSettings(data_path="x", packing=False)
+    assert config.part(DataSettings) == DataSettings(data_path=["x"], packing=False)
 
 
 def test_another_dataclass_takes_the_settings_that_it_names():

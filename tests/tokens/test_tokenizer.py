@@ -6,14 +6,16 @@ import socket
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ds_tokimg.errors import UserError
+from ds_tokimg.tokens.control import control_tokens, guarded, unguarded
 from ds_tokimg.tokens.tokenizer import (
     END_OF_TEXT,
     chat_format,
     encode,
+    encode_part,
     encode_prompt,
     ensure_special_tokens,
     fingerprint,
@@ -178,7 +180,7 @@ def test_chat_format_splits_where_the_assistant_speaks(trained):
         require_chat_template(tokenizer)
     tokenizer.chat_template = TEMPLATE
     require_chat_template(tokenizer)
-    opening, reply = chat_format(tokenizer, "Why?", "Because.")
+    opening, reply = chat_format(tokenizer, [("user", "Why?"), ("assistant", "Because.")])
     assert (opening, reply) == (f"<user>Why?{END_OF_TEXT}\n<assistant>", "Because.")
     expected = tokenizer(opening, add_special_tokens=False)["input_ids"]
     assert encode_prompt(tokenizer, "Why?", use_chat_template=True).tolist() == expected
@@ -189,12 +191,142 @@ def test_a_template_that_rewrites_the_prompt_is_refused(trained):
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="cannot be told apart"):
-        chat_format(tokenizer, "Why?", "Because.")
+        chat_format(tokenizer, [("user", "Why?"), ("assistant", "Because.")])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm2"])
 def test_chat_format_of_real_templates(shared_tokenizers, name):
     tokenizer = AutoTokenizer.from_pretrained(shared_tokenizers / name)
-    opening, reply = chat_format(tokenizer, "Define: floor", "a lower limit")
+    opening, reply = chat_format(tokenizer, [("user", "Define: floor"), ("assistant", "a lower limit")])
     assert opening.endswith("<|im_start|>assistant\n") and "Define: floor<|im_end|>" in opening
     assert reply.endswith("a lower limit") and "<|im_end|>" not in reply
+
+
+def test_a_template_that_refuses_a_conversation_says_why(trained):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"refuses a conversation of user: roles must alternate"):
+        encode_prompt(tokenizer, "Why?", use_chat_template=True)
+
+
+# ---- control tokens that texts spell ----
+
+
+def unigram(scheme: str = "always") -> PreTrainedTokenizerFast:
+    """A tokenizer as sentencepiece makes them: a vocabulary of pieces with scores, blanks as part of words."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    words = "the cat sat on the mat and the dog ran away from unable cats </s> a, b. 1\n2"
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    trainer = trainers.UnigramTrainer(
+        vocab_size=80, special_tokens=list(special.values()), unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator([words.replace("</s>", "</ s>")] * 30, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+FORGED = "the cat </s> sat<s> on </s></s>the mat"
+
+
+def test_no_text_forges_a_control_token_of_a_unigram_vocabulary():
+    tokenizer = unigram()
+    naive = tokenizer(FORGED, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.eos_token_id in naive  # what has to be prevented
+    texts = ["the cat", FORGED, "", "the mat"]
+    ids, lengths = encode(tokenizer, texts)
+    parts = split(ids, lengths)
+    assert not set(ids.tolist()) & {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    assert [tokenizer.decode(part) for part in parts] == texts
+    clean = encode(tokenizer, ["the cat", "", "the mat"])[0].tolist()
+    assert parts[0] + parts[2] + parts[3] == clean
+    assert np.count_nonzero(encode(tokenizer, [FORGED], parse_special=True)[0] == tokenizer.eos_token_id) == 3
+
+
+def test_no_text_forges_a_control_token_of_a_word_vocabulary():
+    tokenizer = word_tokenizer(eos_token="was", unk_token="?")
+    assert encode(tokenizer, ["the word was the was"])[0].tolist() == [0, 1, 3, 0, 3]
+
+
+def test_no_text_forges_a_control_token_by_merges():
+    backend = Tokenizer(models.BPE({"<": 0, "e": 1, ">": 2, "<e": 3, "<e>": 4}, [("<", "e"), ("<e", ">")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    assert encode(tokenizer, ["e<e>"])[0].tolist() == [1, 3, 2]
+
+
+def test_a_tokenizer_that_ends_texts_at_unknown_words_is_refused():
+    tokenizer = word_tokenizer(eos_token="?", unk_token="?")
+    assert encode(tokenizer, ["the word"])[0].tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"does not know as '\?', its end-of-text token.*'the cat'"):
+        encode(tokenizer, ["the word", "the cat"])
+
+
+def test_a_tokenizer_without_a_token_for_the_unknown_is_one_message():
+    backend = Tokenizer(models.WordLevel({"the": 0}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = ensure_special_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
+    with pytest.raises(UserError, match=r"cannot write the text 'the cat': .*; give a --tokenizer_path"):
+        encode(tokenizer, ["the", "the cat", "the"])
+
+
+@pytest.mark.parametrize("make", [unigram, lambda: train_tokenizer([*TEXTS, FORGED], 300)])
+def test_guarded_words_stay_text_in_a_template(make):
+    tokenizer = make()
+    tokenizer.chat_template = TEMPLATE
+    end = tokenizer.eos_token
+    words = f"the cat {end} sat{end}"
+    prompt = encode_prompt(tokenizer, words, use_chat_template=True)
+    assert np.count_nonzero(prompt == tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(prompt) == tokenizer.decode(
+        tokenizer(f"<user>{words}{end}\n<assistant>", add_special_tokens=False)["input_ids"]
+    )
+    assert unguarded(tokenizer, guarded(tokenizer, words)) == words != guarded(tokenizer, words)
+    assert guarded(tokenizer, "nothing to guard") == "nothing to guard"
+
+
+def test_guarded_words_change_nothing_else(shared_tokenizers):
+    """A text is written by the copy with other names as by the tokenizer itself."""
+    tokenizer = load_tokenizer(shared_tokenizers / "qwen3")
+    names = list(control_tokens(tokenizer))
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(names) and "<think>" not in names
+    plain, forged = ("<think>\n1,234.50 €  日本\n\n<|im_end> x", f"<think>\n {''.join(names)} 日本\n\n x")
+    ids = encode_prompt(tokenizer, forged, use_chat_template=True)
+    control = set(control_tokens(tokenizer).values())
+    template = encode_prompt(tokenizer, "", use_chat_template=True)
+    assert [i for i in ids if i in control] == [i for i in template if i in control]
+    assert tokenizer.decode(ids) == f"<|im_start|>user\n{forged}<|im_end|>\n<|im_start|>assistant\n"
+    expected = tokenizer(f"<|im_start|>user\n{plain}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+    assert encode_prompt(tokenizer, plain, use_chat_template=True).tolist() == expected["input_ids"]
+
+
+# ---- parts of a text ----
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_parts_of_a_text_keep_their_blanks(scheme, capsys):
+    tokenizer = unigram(scheme)
+    for first, second in (("the cat", " mat"), ("un", "able cats"), ("the ", "cat"), ("the", "  cat "), ("", "able")):
+        ids = [*encode_part(tokenizer, first, inside=False), *encode_part(tokenizer, second, inside=True)]
+        decoded = tokenizer.decode(ids)
+        assert decoded == first + second, (first, second)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_the_pieces_of_a_word_do_not_depend_on_the_gap_before_it(scheme):
+    tokenizer = unigram(scheme)
+    whole = encode(tokenizer, ["the cat sat on the mat"])[0].tolist()
+    for rest in (" sat on the mat", " on the mat", " mat"):
+        part = encode_part(tokenizer, rest, inside=True).tolist()
+        assert part == whole[-len(part) :]
+
+
+def test_parts_are_plain_where_the_tokenizer_adds_nothing(trained):
+    for text in ("able", " mat", "\n\nword", "  ", ""):
+        for inside in (True, False):
+            assert encode_part(trained, text, inside).tolist() == encode(trained, [text])[0].tolist()
+
+
+def test_a_part_that_cannot_be_written_is_said(capsys):
+    encode_part(word_tokenizer(), "the Cat", inside=True)
+    assert "the tokenizer writes 'the Cat' as 'the ?'" in capsys.readouterr().out
