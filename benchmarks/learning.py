@@ -97,15 +97,15 @@ class Ours:
         if self.module.schedule is not None:
             self.module.schedule.update(result)
         computed = batch.ids.shape[0] * batch.ids.shape[1]
-        blocks = self.module.model.blocks
+        layers = self.module.model.layers
         if batch.blocks is not None:
-            # The clean ones go through all blocks, but for all of the last one behind their keys and values; the noisy
+            # The clean ones go through all layers, but for all of the last one behind their keys and values; the noisy
             # ones through those from `entry` on.
-            asked = _parameters(blocks[-1].attention.qkv) / _parameters(blocks[-1])
-            computed *= (len(blocks) - 1 + asked + len(blocks[self.module.model.entry :])) / len(blocks)
-        if self.module.model.neighbours is not None:
-            per_token = _parameters(self.module.model.neighbours) + _parameters(self.module.model.token_mlp)
-            computed += batch.ids.numel() * per_token / _parameters(blocks)
+            asked = _parameters(layers[-1].attention.qkv) / _parameters(layers[-1])
+            computed *= (len(layers) - 1 + asked + len(layers[self.module.model.entry :])) / len(layers)
+        if self.module.model.local_window is not None:
+            per_token = _parameters(self.module.model.local_window) + _parameters(self.module.model.token_mlp)
+            computed += batch.ids.numel() * per_token / _parameters(layers)
         return result["loss_sum"] / self.module.count(batch), computed
 
     def write(self, count: int, length: int, steps: int | None, eta: float) -> list[list[int]]:
@@ -270,7 +270,7 @@ def main() -> None:
     row |= {"optimizer": arguments.optimizer, "weights": arguments.weights}
     row |= train(system, arguments)
     system.module.eval()
-    row |= {"parameters": _parameters(system.module.model.blocks), "threads": torch.get_num_threads()}
+    row |= {"parameters": _parameters(system.module.model.layers), "threads": torch.get_num_threads()}
     paths = arguments.paths or getattr(system, "block_sizes", [0])
     row["bits"] = {}
     for path in paths:

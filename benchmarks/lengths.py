@@ -98,8 +98,8 @@ def print_equality() -> None:
     module = module_of(config)
     model: Any = module.model
     torch.nn.init.normal_(model.head.to_tokens.weight, std=0.1)  # a fresh model does not look at its context
-    for block in model.blocks:
-        torch.nn.init.normal_(block.offset, std=0.3)
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.offset, std=0.3)
     lengths = np.random.default_rng(0).integers(1, 1000, BATCH)
     texts, maker, order = Texts(config.vocab_size, lengths), maker_of(module, config), np.argsort(lengths)
     at_once = float(module(maker(texts, order, order, 0))["loss_sum"])

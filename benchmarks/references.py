@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_tokimg.model.layers import Block, RMSNorm, rope_frequencies
+from ds_tokimg.model.layers import Layer, RMSNorm, rope_frequencies
 
 
 class TokenTransformer(nn.Module):
@@ -24,7 +24,7 @@ class TokenTransformer(nn.Module):
         self.embed = nn.Embedding(inputs, width)
         self.shift = shift
         self.shown = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in shift)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm, self.out = RMSNorm(width), nn.Linear(width, vocab_size)
         self.half_head = width // heads // 2
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -37,10 +37,10 @@ class TokenTransformer(nn.Module):
         place = torch.arange(length)[:, None] + distance
         return (place >= 0) & (place < length)
 
-    def forward(self, ids: Tensor, keys: Tensor | None, past: list[list[Tensor]] | None = None) -> Tensor:
-        """ids [B, L], keys [B, 1, 1 or L, L] (who sees whom; None: all) -> logits [B, L, V].
+    def forward(self, ids: Tensor, visible: Tensor | None, past: list[list[Tensor]] | None = None) -> Tensor:
+        """ids [B, L], visible [B, 1, 1 or L, L] (who sees whom; None: all) -> logits [B, L, V].
 
-        past: keys and values of earlier positions, one list a block, brought up to date (see `Attention`).
+        past: keys and values of earlier positions, one list a layer, brought up to date (see `Attention`).
         """
         own = x = self.embed(ids)
         for distance, shown in zip(self.shift, self.shown, strict=True):
@@ -50,8 +50,8 @@ class TokenTransformer(nn.Module):
         angles = places[:, None] * rope_frequencies(self.half_head, ids.device)
         rotation = (angles.cos()[None, None], angles.sin()[None, None])
         no_noise = x.new_zeros(1, 1, 6 * x.shape[-1])
-        for index, block in enumerate(self.blocks):
-            x = block(x, no_noise, rotation, keys, None if past is None else past[index])
+        for index, layer in enumerate(self.layers):
+            x = layer(x, no_noise, rotation, visible, None if past is None else past[index])
         return self.out(self.norm(x))
 
 
@@ -81,7 +81,7 @@ class Autoregressive(nn.Module):
         """Texts of `length` ids: [count, length]. Not with `shift`: the step does not see the token before its own."""
         assert not self.model.shift
         generator = torch.Generator().manual_seed(seed)
-        past: list[list] = [[] for _ in self.model.blocks]
+        past: list[list] = [[] for _ in self.model.layers]
         ids = [torch.full((count, 1), self.eos_id)]
         for _ in range(length):
             logits = self.model(ids[-1], None, past)[:, -1].float()

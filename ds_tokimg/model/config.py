@@ -28,7 +28,7 @@ class JiTConfig:
     posterior: str = "auto"
     layout: str = "patch"
     noisy_depth: int = 0
-    neighbours: int | None = None
+    local_window: int | None = None
     in_turn: bool | None = False
     activation_checkpointing: bool = False
 
@@ -42,8 +42,8 @@ def check_shape(config: JiTConfig) -> None:
         raise ValueError(f"width {config.width} is not a multiple of twice the {config.heads} heads")
     if not 0 <= config.noisy_depth <= config.depth:
         raise ValueError(f"noisy_depth is {config.noisy_depth}; the model has {config.depth} blocks (0: all)")
-    if config.neighbours is not None and config.neighbours < 0:
-        raise ValueError(f"neighbours is {config.neighbours}: expected 0 or more")
+    if config.local_window is not None and config.local_window < 0:
+        raise ValueError(f"local_window is {config.local_window}: expected 0 or more")
 
 
 def model_names() -> list[str]:

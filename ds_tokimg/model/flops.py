@@ -2,7 +2,7 @@
 
 Counted are the matrix products that the model's definition asks for, 2 per multiply-add:
 
-    forward     2 · rows · in · out of every linear layer, 4 · B · L² · C a block for attention (L: positions)
+    forward     2 · rows · in · out of every linear layer, 4 · B · L² · C a layer for attention (L: positions)
     backward    the same for the inputs and the same for the weights of each product, where gradients go there
 
 Left out are what an implementation does on top of that (recomputing activations or scores), everything that is not a
@@ -50,25 +50,25 @@ def train_flops(model: JiT, shape: BatchShape) -> int:
 
     learned_input = hasattr(model.head, "token_input")
     flops = linear(model.patch_embed, positions, hidden if learned_input else data)
-    flops += linear(model.before_embed, positions)
+    flops += linear(model.token_shift, positions)
     flops += linear(model.time_embed.mlp[0], times, data) + linear(model.time_embed.mlp[2], times)
     flops += linear(model.time_embed.modulation, times)
     entry = model.entry if shape.from_left else 0
     if entry:
-        flops += linear(model.read_embed, samples * patches)
-    for index, block in enumerate(model.blocks):
+        flops += linear(model.context_shift, samples * patches)
+    for index, layer in enumerate(model.layers):
         inside = clean if index < entry else length
-        asking = patches if block is model.blocks[-1] else inside
-        layers = (block.attention.out, block.mlp.gate_up, block.mlp.down)
-        flops += linear(block.attention.qkv, samples * inside)
-        flops += sum(linear(layer, samples * asking) for layer in layers)
+        asking = patches if layer is model.layers[-1] else inside
+        flops += linear(layer.attention.qkv, samples * inside)
+        for product in (layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+            flops += linear(product, samples * asking)
         flops += 4 * samples * asking * inside * model.config.width * hidden
     flops += linear(model.final.modulation, levels)
-    if model.neighbours is not None:
-        for layer in (model.neighbours.output, model.token_mlp.own):
-            flops += linear(layer, samples * patches * slots, hidden if learned_input else data)
-        for layer in (model.token_mlp.mlp.gate_up, model.token_mlp.mlp.down):
-            flops += linear(layer, samples * patches * slots)
+    if model.local_window is not None:
+        for product in (model.local_window.output, model.token_mlp.own):
+            flops += linear(product, samples * patches * slots, hidden if learned_input else data)
+        for product in (model.token_mlp.mlp.gate_up, model.token_mlp.mlp.down):
+            flops += linear(product, samples * patches * slots)
     if not learned_input:
         return flops + linear(model.head.output, samples * patches)
     if isinstance(model.head.to_tokens, nn.Linear):

@@ -1,13 +1,13 @@
 """JiT: a transformer that predicts the clean image from a noisy one, patch by patch.
 
 After Li & He, "Back to Basics: Let Denoising Generative Models Denoise" (2025): x-prediction, RMSNorm, SwiGLU,
-RoPE, qk-norm, adaLN-Zero. Changes: the modulation is computed once and shared by the blocks, each of which adds a
+RoPE, qk-norm, adaLN-Zero. Changes: the modulation is computed once and shared by the layers, each of which adds a
 learned offset (adaLN-single, Chen et al., PixArt-alpha, 2023), because a noise level of its own for every patch would
-otherwise cost half as much again as the blocks themselves; the patch embedding has no bottleneck, through which the
-tokens of a patch can hardly be told apart; every patch shows the one before it; tokens that share a patch also hear
-those next to them without going through its hidden state (`neighbours`), and have an MLP of their own; and from left to
-right noisy patches may enter late (`noisy_depth`), with what the transformer has already made of the clean ones before
-them.
+otherwise cost half as much again as the layers themselves; the patch embedding has no bottleneck, through which the
+tokens of a patch can hardly be told apart; every patch also gets the embedding of the one before it (`token_shift`);
+tokens that share a patch also get the features of those next to them without going through its hidden state
+(`local_window`), and have an MLP of their own; and from left to right noisy patches may enter late (`noisy_depth`),
+with what the transformer has already made of the clean ones before them (`context_shift`).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from ds_tokimg.model.heads.base import CandidateTokens, Prediction
 from ds_tokimg.model.heads.build import build_head
 from ds_tokimg.model.images import ImagePatches, mask_slots, take, valid_first
 from ds_tokimg.model.layers import (
-    Block,
     FinalLayer,
     InTurn,
-    Neighbours,
+    Layer,
+    LocalWindow,
     RMSNorm,
     TimestepEmbedding,
     TokenMLP,
@@ -56,8 +56,8 @@ from ds_tokimg.settings import formats
 from ds_tokimg.tokens.codec import TokenCodec, check_geometry
 from ds_tokimg.tokens.layout import PatchLayout
 
-# How many tokens on either side a token hears directly where several share a patch.
-NEIGHBOURS = 2
+# Tokens on either side in a token's local window, where several share a patch.
+LOCAL_WINDOW = 2
 ALONE = WholeImage()
 
 
@@ -81,22 +81,22 @@ class JiT(ImagePatches, nn.Module):
         self.num_patches = (config.img_size // config.patch_size) ** 2
         pixels = self.slots * codec.digits_per_token  # P
         self.head = build_head(codec, config, self.slots)
-        if config.neighbours is None:
-            config = replace(config, neighbours=NEIGHBOURS if self.slots > 1 and self.head.features else 0)
-        elif config.neighbours and not self.head.features:
-            raise ValueError("neighbours are heard through posteriors; the linear head has none")
-        can_be_in_turn = isinstance(self.head, CandidateTokens) and self.slots > 1 and config.neighbours > 0
+        if config.local_window is None:
+            config = replace(config, local_window=LOCAL_WINDOW if self.slots > 1 and self.head.features else 0)
+        elif config.local_window and not self.head.features:
+            raise ValueError("a local window is over posteriors, and the linear head has none")
+        can_be_in_turn = isinstance(self.head, CandidateTokens) and self.slots > 1 and config.local_window > 0
         if config.in_turn is None:
             config = replace(config, in_turn=can_be_in_turn)
         elif config.in_turn and not can_be_in_turn:
             raise ValueError(
-                "in_turn is for patches of several tokens that hear their neighbours, and posteriors over whole tokens"
+                "in_turn is for patches of several tokens with a local window, and posteriors over whole tokens"
             )
         self.config = config
         whole_tokens = isinstance(self.head, CandidateTokens)
         self.writing = Writing.of_model(block_size, self.slots, config.in_turn, whole_tokens)
         self.patch_embed = nn.Linear(pixels + self.head.features, config.width)
-        self.before_embed = nn.Linear(config.width, config.width, bias=False)
+        self.token_shift = nn.Linear(config.width, config.width, bias=False)
         self.segment_embed = nn.Embedding(2, config.width)  # by kind
         self.time_embed = TimestepEmbedding(config.width)
         # Beyond them nothing can be read, or everything, and most ways to draw noise levels never go there: sampling
@@ -104,17 +104,17 @@ class JiT(ImagePatches, nn.Module):
         with torch.device("cpu"):  # numbers also where the model is built without data (meta)
             band = readable_band(codec.radix)
             self.cleanest, self.noisiest = timestep_of_log_snr(torch.tensor([band.high, band.low])).tolist()
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        # From left to right, noisy patches go through the blocks from this one on.
+        self.layers = nn.ModuleList(Layer(config.width, config.heads) for _ in range(config.depth))
+        # From left to right, noisy patches go through the layers from this one on.
         self.entry = config.depth - config.noisy_depth if config.noisy_depth else 0
         if self.entry:
-            self.read_norm = RMSNorm(config.width)
-            self.read_embed = nn.Linear(config.width, config.width, bias=False)
+            self.context_norm = RMSNorm(config.width)
+            self.context_shift = nn.Linear(config.width, config.width, bias=False)
         self.final = FinalLayer(config.width)
-        self.neighbours = self.token_mlp = None
-        if self.config.neighbours:
+        self.local_window = self.token_mlp = None
+        if self.config.local_window:
             features, outputs = self.head.features // self.slots, self.head.outputs
-            self.neighbours = Neighbours(self.config.neighbours, features, outputs)
+            self.local_window = LocalWindow(self.config.local_window, features, outputs)
             self.token_mlp = TokenMLP(features, outputs, self.slots)
         nn.init.zeros_(self.segment_embed.weight)
 
@@ -239,7 +239,7 @@ class JiT(ImagePatches, nn.Module):
         else:
             x = self._whole_image(noisy, seen.prompt)
         hidden = self.head(self.final(x, noisy.time))
-        if self.neighbours is None:
+        if self.local_window is None:
             return Prediction(self.head, hidden, evidence)
         outputs = partial(self._outputs, hidden, tokens, mask, preceding, clean)
         of_turn = (lambda turn, ids: outputs(Drawn(ids), slice(turn, None, RUN))) if self.config.in_turn else None
@@ -281,14 +281,14 @@ class JiT(ImagePatches, nn.Module):
             ids, rows = drawn
             clean = context[0] if context else self._on_slots(self.head.embed_ids(ids), slot_mask).flatten(1, 2)
             in_turn = InTurn(clean, rows)
-        near = self.neighbours(tokens, preceding, context, in_turn, wanted)
+        near = self.local_window(tokens, preceding, context, in_turn, wanted)
         hidden = hidden.flatten(1, 2)
         output = self.token_mlp(hidden.flatten(2)[:, wanted] + near, tokens[:, wanted])
         return output.view(*output.shape[:2], *hidden.shape[2:])
 
     def empty_cache(self, slot_mask: Tensor) -> KVCache:
         """For as many texts as slot_mask [B, N, K] has, before anything is read."""
-        return KVCache(len(self.blocks), len(slot_mask), slot_mask.device)
+        return KVCache(len(self.layers), len(slot_mask), slot_mask.device)
 
     def prefill(self, cache: KVCache, patches: Tensor, slot_mask: Tensor, positions: Tensor | None = None) -> None:
         """Reads a prompt (positions None) or the next block of clean patches [B, n, P] into the cache, once for all
@@ -301,10 +301,10 @@ class JiT(ImagePatches, nn.Module):
         cache.shift = None if positions is None else segment.shifted[:, -1:]
         cache.shift_to_noisy = cache.shift
         if self.entry:
-            cache.shift_to_noisy = self.read_embed(self.read_norm(last_valid(x, segment.valid)))
+            cache.shift_to_noisy = self.context_shift(self.context_norm(last_valid(x, segment.valid)))
         self._transform(x, [segment], slice(self.entry, None), cache=cache)
-        if self.neighbours is not None and positions is not None:
-            cache.tokens = self.neighbours.last(segment.tokens, cache.tokens)
+        if self.local_window is not None and positions is not None:
+            cache.tokens = self.local_window.last(segment.tokens, cache.tokens)
         cache.valid = torch.cat([cache.valid, segment.valid], 1)
 
     def read(self, prediction: Prediction, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -320,13 +320,13 @@ class JiT(ImagePatches, nn.Module):
 
     def _inputs(self, noisy, level, slot_mask):
         """Features of the patches [B, N, F] (padding slots zeroed), the head's evidence (None for `linear`), and the
-        features of the tokens [B, N * K, F'] if their neighbours are to hear them, else None."""
+        features of the tokens [B, N * K, F'] for the local window, or None where there is none."""
         parts, evidence, tokens = [noisy.unflatten(-1, (self.slots, -1))], None, None  # each [B, N, K, features]
         if self.head.features:
             evidence = self.head.evidence(noisy, *alpha_sigma(level))
             parts.append(self.head.features_of(evidence))
         parts = [self._on_slots(part, slot_mask) for part in parts]
-        if self.neighbours is not None:
+        if self.local_window is not None:
             tokens = parts[1].flatten(1, 2)
         return torch.cat([part.flatten(2) for part in parts], -1), evidence, tokens
 
@@ -342,7 +342,7 @@ class JiT(ImagePatches, nn.Module):
         attention first. Between a prompt and a clean patch nothing is shifted.
         """
         own = self.patch_embed(inputs)
-        shifted = self.before_embed(own)
+        shifted = self.token_shift(own)
         before = torch.zeros_like(shifted[:, :1]) if before is None else before
         shift = torch.cat([before, shifted[:, :-1]], 1)
         time = self.time_embed(level if kind == CLEAN else level.clamp(self.cleanest, self.noisiest))
@@ -373,7 +373,7 @@ class JiT(ImagePatches, nn.Module):
         first = torch.zeros_like(read[:, :1])
         if len(segments) > 1:
             first = last_valid(read[:, :-count], segments[0].valid)
-        return self.read_embed(self.read_norm(torch.cat([first, read[:, -count:-1]], 1)))
+        return self.context_shift(self.context_norm(torch.cat([first, read[:, -count:-1]], 1)))
 
     def _transform(
         self, x: Tensor, segments: list[Segment], layers: slice, blocks=None, cache=None, wanted: int | None = None
@@ -383,7 +383,7 @@ class JiT(ImagePatches, nn.Module):
         blocks: see `TeacherForced`. cache: earlier patches, which gets the keys and values of these. wanted: the last
         so many patches are all that is asked for: of the others the last layer computes only keys and values.
         """
-        passed = list(self.blocks)[layers]
+        passed = list(self.layers)[layers]
         if not passed:
             return x
         valid = torch.cat([segment.valid for segment in segments], 1)
@@ -394,7 +394,7 @@ class JiT(ImagePatches, nn.Module):
         rotation = self._rotation(positions)
         valid = valid if cache is None else torch.cat([cache.valid, valid], 1)
         visible = visible_mask(valid, blocks, segments[-1].kind == NOISY)
-        pasts = [None] * len(self.blocks) if cache is None else cache.past
+        pasts = [None] * len(self.layers) if cache is None else cache.past
         for layer, past in zip(passed, pasts[layers], strict=True):
             only = wanted if layer is passed[-1] and wanted != x.shape[1] else None
             if self.config.activation_checkpointing and torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from ds_tokimg.model.kernels.fused import around, gated_silu, rms_norm, rotate
 
 
 class TimestepEmbedding(nn.Module):
-    """Noise level -> the modulation that all blocks share. Fed with log-SNR, in which tokens become readable."""
+    """Noise level -> the modulation that all layers share. Fed with log-SNR, in which tokens become readable."""
 
     def __init__(self, width: int, frequencies: int = 64):
         super().__init__()
@@ -35,7 +35,7 @@ class TimestepEmbedding(nn.Module):
         return self.modulation(F.silu(self.mlp(waves.to(self.modulation.weight.dtype))))
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """Attention and SwiGLU, each modulated by the noise level and gated by zero at the start (adaLN-Zero)."""
 
     def __init__(self, width: int, heads: int):
@@ -53,14 +53,14 @@ class Block(nn.Module):
         x: Tensor,
         time: Tensor,
         rotation,
-        keys: Tensor | None,
+        visible: Tensor | None,
         past: list | None = None,
         wanted: int | None = None,
     ) -> Tensor:
         """x [B, N, C]; time [B, N or 1, 6C]; see `Attention`. `wanted`: the result is of the last so many positions."""
         # Each [B, N or 1, C], by one operation: the gradient of a slice is a slice in zeros as wide as the whole.
         shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.offset).chunk(6, -1)
-        mixed = self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, keys, past, wanted)
+        mixed = self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, visible, past, wanted)
         if wanted is not None:
             x, gate1, shift2, scale2, gate2 = (part[:, -wanted:] for part in (x, gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, gate1, mixed)
@@ -76,20 +76,20 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, rotation, keys: Tensor | None, past: list[Tensor] | None = None, wanted: int | None = None
+        self, x: Tensor, rotation, visible: Tensor | None, past: list[Tensor] | None = None, wanted: int | None = None
     ) -> Tensor:
-        """x [B, N, C]; keys bool, broadcasting to [B, heads, N, M + N]; past: keys and values of M earlier positions,
-        each [B, heads, M, d], which these N come after; the list is brought up to date. `wanted`: the last so many
-        positions ask, all are asked; the result is [B, wanted, C]."""
+        """x [B, N, C]; visible bool, broadcasting to [B, heads, N, M + N], the positions that each may attend to; past:
+        keys and values of M earlier positions, each [B, heads, M, d], which these N come after; the list is brought up
+        to date. `wanted`: queries of the last so many positions alone; the result is [B, wanted, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
         asking = rotation
         if wanted is not None:
             q, asking = q[:, :, -wanted:], [part[..., -wanted:, :] for part in rotation]
-            keys = keys if keys is None else keys[..., -wanted:, :]
+            visible = visible if visible is None else visible[..., -wanted:, :]
         q, k = rotate(self.q_norm(q), *asking), rotate(self.k_norm(k), *rotation)
         if past is not None:
             past[:] = k, v = [torch.cat(parts, 2) for parts in zip(past, (k, v), strict=True)] if past else (k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -118,7 +118,7 @@ class RMSNorm(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last norm, modulated by the noise level through the same embedding as the blocks."""
+    """The last norm, modulated by the noise level through the same embedding as the layers."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -143,20 +143,20 @@ class InTurn(NamedTuple):
     clean: Tensor  # [B, L, F], features of the tokens that were drawn; those of later turns are not looked at
     rows: Tensor | None = None  # [B] bool, texts that are drawn so; None: all
 
-    def heard(self, distances: Tensor, places: Tensor) -> Tensor:
-        """Whether tokens at these places of their blocks, [L], hear those so far away without noise, because they were
+    def known(self, distances: Tensor, places: Tensor) -> Tensor:
+        """Whether tokens at these places of their blocks, [L], have those so far away without noise, because they were
         drawn before them: bool [D, B or 1, L]."""
         earlier = ((places + distances[:, None]) % RUN < places % RUN)[:, None]
         return earlier if self.rows is None else earlier & self.rows[:, None]
 
 
-class Neighbours(nn.Module):
-    """What the tokens around a token say of it, straight from their features to its output.
+class LocalWindow(nn.Module):
+    """What follows for a token from the tokens around it, straight from their features to its output.
 
     Tokens that share a patch share one hidden state, through which their pairs can hardly be told; here they need not.
 
     Args:
-        reach: how many tokens on either side are heard.
+        reach: how many tokens on either side.
         features, outputs: numbers of a token, in and out.
     """
 
@@ -177,9 +177,9 @@ class Neighbours(nn.Module):
         """tokens [B, L, F] -> [B, L, outputs].
 
         before: [B, reach, F], tokens that precede these; None: none do.
-        context: (the same tokens without noise [B, L, F], blocks [L]): a token then hears the tokens of its own block,
-            those of earlier blocks without noise, and none of later ones.
-        in_turn: those of its own block that were drawn before it are heard without noise.
+        context: (the same tokens without noise [B, L, F], blocks [L]): a token's window then holds those of its
+            own block, those of earlier blocks without noise, and none of later ones.
+        in_turn: those of its own block that were drawn before it are without noise.
         wanted: the tokens that the result is of.
         """
         length, device = tokens.shape[1], tokens.device
@@ -195,7 +195,7 @@ class Neighbours(nn.Module):
             without_noise, silent = (others < 0)[:, None], others > 0
             places = places - torch.searchsorted(blocks, blocks)
         if in_turn is not None:
-            clean, drawn = in_turn.clean, in_turn.heard(distances, places)
+            clean, drawn = in_turn.clean, in_turn.known(distances, places)
             without_noise = drawn if without_noise is None else drawn & (others == 0)[:, None] | without_noise
         if before is not None:
             tokens = torch.cat([before, tokens], 1)
@@ -203,13 +203,13 @@ class Neighbours(nn.Module):
         return self.output(around(tokens, clean, without_noise, silent, sides, length, wanted))
 
     def last(self, tokens: Tensor, before: Tensor | None) -> Tensor:
-        """Of tokens [B, L, F], after those `before`, what the next ones hear: [B, reach, F]."""
+        """Of tokens [B, L, F], after those `before`, what is in the window of the next ones: [B, reach, F]."""
         preceding = tokens if before is None else torch.cat([before, tokens], 1)
         return F.pad(preceding, (0, 0, self.reach, 0))[:, -self.reach :]
 
 
 class TokenMLP(nn.Module):
-    """What follows for a token from its own features and all that was heard of it, added to its output.
+    """What follows for a token from its own features and its local window, added to its output.
 
     Args:
         features, outputs: numbers of a token, in and out.
@@ -220,8 +220,8 @@ class TokenMLP(nn.Module):
         super().__init__()
         self.own = nn.Linear(features, outputs, bias=False)
         self.norm = RMSNorm(outputs)
-        # Half as wide as a block's, for every token has to pay for it; where more than four share a patch, narrower,
-        # or they would cost a small model more than its blocks.
+        # Half as wide as a layer's, for every token has to pay for it; where more than four share a patch, narrower,
+        # or they would cost a small model more than its layers.
         self.mlp = SwiGLU(outputs, 64 * max(1, round(outputs * 16 / 3 / max(4, slots) / 64)))
         nn.init.zeros_(self.mlp.down.weight)
         nn.init.zeros_(self.mlp.down.bias)

@@ -95,9 +95,9 @@ class ModelSettings:
     model: str = _fixed("JiT-XS/4", "size and patch of the transformer, such as JiT-B/4")
     head: str = _method("posterior", "digit posteriors, or plain linear output", choices=choices.HEADS)
     posterior: str = _method("auto", "what the posterior head is over", choices=choices.POSTERIORS)
-    neighbours: int | None = _method(
+    local_window: int | None = _method(
         None,
-        "tokens on either side that a token hears directly (not given: 2 where several share a patch, else 0)",
+        "tokens on either side in a token's local window (not given: 2 where several share a patch, else 0)",
         WHOLE,
     )
     noisy_depth: int = _method(
@@ -288,8 +288,10 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
             problems.append("--head linear has no cross-entropy for --timesteps entropic to follow: use band")
         if self.head == "linear" and self.posterior != "auto":
             problems.append(f"--head linear has no posterior: drop --posterior {self.posterior}")
-        if self.head == "linear" and self.neighbours:
-            problems.append(f"--head linear has no posteriors to hear: drop --neighbours {self.neighbours}")
+        if self.head == "linear" and self.local_window:
+            problems.append(
+                f"--head linear has no posteriors for a local window: drop --local_window {self.local_window}"
+            )
         if self.noisy_depth and not self.block_size:
             problems.append(f"--noisy_depth {self.noisy_depth} is for texts from left to right: give --block_size")
         if self.resume is not None and self.init_from is not None:

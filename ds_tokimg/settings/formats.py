@@ -32,15 +32,25 @@ Files = dict[str, dict]  # the contents of files that belong together, by kind
 
 # Parts of parameters' names that a format changed: {format: {old part: new part}}. A part is one or more whole words
 # between dots ("blocks", "attention.qkv"), wherever it stands in a name.
-RENAMED_PARAMETERS: dict[int, dict[str, str]] = {1: {}}
+RENAMED_PARAMETERS: dict[int, dict[str, str]] = {
+    1: {
+        "blocks": "layers",
+        "before_embed": "token_shift",
+        "read_norm": "context_norm",
+        "read_embed": "context_shift",
+        "neighbours": "local_window",
+    }
+}
 
+# Settings that have another name in format 1: {kind of file: {old: new}}.
+RENAMED_IN_1 = {CONFIG: {"neighbours": "local_window"}, MODEL: {"neighbours": "local_window"}}
 # What format 1 no longer has, and the value that says what today's version does anyway: {kind of file: {key: value}}.
 DROPPED_IN_1: dict[str, dict[str, object]] = {
     CONFIG: {"positions": "reading", "self_conditioning": 0.0},
     MODEL: {"positions": "reading", "self_conditioning": False},
 }
 # Lists of format 0 of which format 1 has the only element, or `0.0` for an empty one.
-SINGLE_IN_1 = ((CONFIG, "ema_decay"), (TRAINER_STATE, "ema_decay"))
+SINGLE_IN_1 = {CONFIG: "ema_decay", TRAINER_STATE: "ema_decay"}
 # How format 0 read its files.
 _READING_IN_0: dict[str, object] = {"text_key": None, "document": None, "skip_bad_records": False}
 # Settings that format 0 did not have. A run of that time has no recipe; the others say what an open learning rate,
@@ -57,7 +67,7 @@ ADDED_IN_1: dict[str, dict[str, object]] = {
     TEXT: _READING_IN_0,
 }
 # One text of format 0 that is a list of them in format 1.
-LISTED_IN_1 = ((CONFIG, "data_path"), (TEXT, "data_path"))
+LISTED_IN_1 = {CONFIG: "data_path", TEXT: "data_path"}
 # Up to this vocabulary a posterior that format 0 left open was over whole tokens.
 WHOLE_TOKENS_IN_0 = 4096
 
@@ -163,25 +173,28 @@ def _take_number(values: dict, path: str | Path) -> int:
 
 
 def _to_format_1(files: Files, paths: Mapping[str, str | Path]) -> None:
-    """0 -> 1, in place. What was dropped must have been left alone; there is one average; a trainer's state always has
-    a `schedule`; how texts are written belongs to the model."""
-    for kind, dropped in DROPPED_IN_1.items():
-        for key, value in dropped.items():
-            if kind in files:
-                _drop(_settings(files[kind], kind), key, value, paths[kind])
-    for kind, added in ADDED_IN_1.items():
-        if kind in files:
-            files[kind] |= {key: value for key, value in added.items() if key not in files[kind]}
-    for kind, key in LISTED_IN_1:
-        if isinstance(files.get(kind, {}).get(key), str):
-            files[kind][key] = [files[kind][key]]
-    for kind, key in SINGLE_IN_1:
-        if kind in files:
-            _single(_settings(files[kind], kind), key, paths[kind] if kind == CONFIG else None)
+    """0 -> 1, in place. Settings of other names and kinds, see the tables above; a trainer's state always has a
+    `schedule`; how texts are written belongs to the model."""
+    for kind, values in files.items():
+        _settings_to_format_1(_settings(values, kind), kind, paths[kind])
     if TRAINER_STATE in files:
         files[TRAINER_STATE].setdefault("schedule", None)
     if MODEL in files:
         files[MODEL]["writing"] = asdict(_writing_in_0(files, paths[MODEL]))
+
+
+def _settings_to_format_1(settings: dict, kind: str, path: str | Path) -> None:
+    for key, value in DROPPED_IN_1.get(kind, {}).items():
+        _drop(settings, key, value, path)
+    for old, new in RENAMED_IN_1.get(kind, {}).items():
+        if old in settings:
+            settings[new] = settings.pop(old)
+    settings |= {key: value for key, value in ADDED_IN_1.get(kind, {}).items() if key not in settings}
+    listed = LISTED_IN_1.get(kind)
+    if isinstance(settings.get(listed), str):
+        settings[listed] = [settings[listed]]
+    if kind in SINGLE_IN_1:
+        _single(settings, SINGLE_IN_1[kind], path if kind == CONFIG else None)
 
 
 def _writing_in_0(files: Files, path: str | Path) -> Writing:

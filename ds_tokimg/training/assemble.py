@@ -193,13 +193,13 @@ def in_turn_share(config: TrainConfig, model: JiT) -> float:
 
 
 def _compile(model: JiT, device: torch.device) -> None:
-    """Each block on its own, when it is first called: they share one piece of code, whatever their number. It is made
+    """Each layer on its own, when it is first called: they share one piece of code, whatever their number. It is made
     for all batch sizes and lengths, as batches are formed by length."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(f"--compile needs a C++ compiler on a CPU, and there is no {compiler}: install it or set CXX")
-    for block in model.blocks:
-        block.compile(dynamic=True)
+    for layer in model.layers:
+        layer.compile(dynamic=True)
 
 
 def _load_initial(model: JiT, start, source: str) -> None:
@@ -208,6 +208,6 @@ def _load_initial(model: JiT, start, source: str) -> None:
     if wrong or set(theirs) - set(ours):
         raise UserError(
             f"--init_from {source} holds another model ({wrong[0] if wrong else 'more weights'} differs): "
-            "use the same --model, --head, --posterior, --noisy_depth and --neighbours"
+            "use the same --model, --head, --posterior, --noisy_depth and --local_window"
         )
     model.load_state_dict(theirs)

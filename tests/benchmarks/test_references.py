@@ -77,7 +77,7 @@ def test_sampling_remembers_what_it_has_read():
     """One token at a time with remembered keys and values gives the logits of the whole text at once."""
     model = trained(Autoregressive).model
     causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
-    past = [[] for _ in model.blocks]
+    past = [[] for _ in model.layers]
     one_by_one = torch.cat([model(IDS[:, [place]], None, past) for place in range(12)], 1)
     torch.testing.assert_close(one_by_one, model(IDS, causal), rtol=1e-4, atol=1e-4)
 

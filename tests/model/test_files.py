@@ -57,7 +57,7 @@ def changed(folder, part: str | None, **values) -> None:
         ("model", {"depth": 0}, "depth is 0: expected at least 1"),
         ("model", {"heads": 3}, "width 32 is not a multiple of twice the 3 heads"),
         ("model", {"noisy_depth": 3}, "noisy_depth is 3; the model has 2 blocks"),
-        ("model", {"neighbours": -1}, "neighbours is -1: expected 0 or more"),
+        ("model", {"local_window": -1}, "local_window is -1: expected 0 or more"),
         ("model", {"head": "cubic"}, "unknown head 'cubic'; available: posterior, linear"),
         ("model", {"patch_size": 0}, "must be at least 1"),
         ("model", {"layout": "spiral"}, "unknown layout 'spiral'"),

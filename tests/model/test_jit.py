@@ -58,11 +58,11 @@ def test_untrained_prediction_is_the_posterior_mean(posterior, layout):
     assert result.shape == noisy.shape and result.dtype == torch.float32
 
 
-def test_untrained_blocks_are_the_identity():
+def test_untrained_layers_are_the_identity():
     model = tiny_model(CODEC, trained=False)
     seen = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     noisy, mask = noisy_images([256], torch.tensor([300]))
     model(noisy, torch.tensor([300]), mask=mask)
     assert len(seen) == 2 and seen[0][0].abs().max() > 0
@@ -88,7 +88,7 @@ def test_every_weight_learns():
 def counted(model):
     """Numbers of positions that the first block sees, filled at each call."""
     positions = []
-    model.blocks[0].register_forward_hook(lambda _, inputs, output: positions.append(inputs[0].shape[1]))
+    model.layers[0].register_forward_hook(lambda _, inputs, output: positions.append(inputs[0].shape[1]))
     return positions
 
 
@@ -177,7 +177,7 @@ def test_a_condition_is_shown_without_noise():
     """The prompt's noise level is 0 whatever the image's: the level of its positions does not change with t."""
     model = tiny_model(CODEC)
     seen = []
-    model.blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[1]))
+    model.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[1]))
     noisy, mask = noisy_images([30], torch.tensor([500]))
     condition, condition_mask = images_of([17], seed=3)
     for t in (100, 900):
@@ -262,13 +262,13 @@ def test_earlier_blocks_matter_and_a_condition_is_seen_by_all(noisy_depth):
 
 
 @pytest.mark.parametrize("options", [{"posterior": "tokens"}, {"posterior": "digits"}, {"posterior": "tree"}])
-def test_neighbours_matter_where_they_are_heard(options):
-    """With silent blocks: the tokens of the same patch, and across its border those two tokens far."""
-    model = tiny_model(CODEC, neighbours=2, **options)
-    for block in model.blocks:
-        nn.init.zeros_(block.offset)
-    for layer in (model.time_embed.modulation, model.before_embed):
-        for parameter in layer.parameters():
+def test_the_local_window_is_two_tokens_on_either_side(options):
+    """With silent layers: the tokens of the same patch, and across its border those two tokens far."""
+    model = tiny_model(CODEC, local_window=2, **options)
+    for layer in model.layers:
+        nn.init.zeros_(layer.offset)
+    for module in (model.time_embed.modulation, model.token_shift):
+        for parameter in module.parameters():
             nn.init.zeros_(parameter)
     clean, mask = images_of([64])
     noisy, slot_mask = model.patchify(clean), model.slot_mask(mask, clean)
@@ -281,14 +281,14 @@ def test_neighbours_matter_where_they_are_heard(options):
 
 
 @pytest.mark.parametrize(("options", "reach"), [({}, 2), ({"token_size": 4}, 0), ({"head": "linear"}, 0)])
-def test_neighbours_are_heard_where_tokens_share_a_patch(options, reach):
+def test_there_is_a_local_window_where_tokens_share_a_patch(options, reach):
     codec = TokenCodec(50, token_size=options.pop("token_size", 1))
-    assert tiny_model(codec, **options).config.neighbours == reach
+    assert tiny_model(codec, **options).config.local_window == reach
 
 
-def test_a_linear_head_hears_no_neighbours():
+def test_a_linear_head_has_no_local_window():
     with pytest.raises(ValueError, match="the linear head has none"):
-        tiny_model(CODEC, head="linear", neighbours=1)
+        tiny_model(CODEC, head="linear", local_window=1)
 
 
 # ---- noise levels and places ----
@@ -428,7 +428,7 @@ def test_named_sizes(size, depth, width, heads, millions):
         with torch.device("meta"):
             model = JiT.from_name(f"JiT-{size}/{patch}", TokenCodec(1024), 64)
         assert model.num_patches == (64 // patch) ** 2
-        blocks = sum(p.numel() for p in model.blocks.parameters())
+        blocks = sum(p.numel() for p in model.layers.parameters())
         assert blocks == depth * block_parameters(width, heads)
         total = sum(p.numel() for p in model.parameters())
         if patch == 4:
@@ -500,11 +500,11 @@ def test_noisy_patches_that_enter_late_know_what_was_read_up_to_there():
 
     def predict(condition=prompt):
         # Nothing but what they are shown: no attention in the block that they go through.
-        nn.init.zeros_(model.blocks[1].attention.out.weight)
+        nn.init.zeros_(model.layers[1].attention.out.weight)
         return model.predict(Patches(noisy, t, slot_mask), TeacherForced(clean, torch.arange(16), condition)).clean
 
     before, alone = predict(), predict(None)
-    model.blocks[0].mlp.down.weight.data.add_(0.1)
+    model.layers[0].mlp.down.weight.data.add_(0.1)
     assert ((predict() - before).abs().amax((0, 2)) > 0).all()
     changed = (predict(None) - alone).abs().amax((0, 2)) > 0
     assert not changed[0] and changed[1:].all()  # before the first there is nothing

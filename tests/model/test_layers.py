@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_tokimg.model.kernels.fused import rotate
-from ds_tokimg.model.layers import Neighbours, TokenMLP
+from ds_tokimg.model.layers import LocalWindow, TokenMLP
 from ds_tokimg.tokens.codec import TokenCodec
 from tests.support.tiny import tiny_model
 
@@ -14,19 +14,19 @@ CODEC = TokenCodec(50)  # radix 4
 
 def test_a_token_hears_those_next_to_it():
     """One by one: its own block as it is, earlier ones without noise, later ones not at all."""
-    neighbours = Neighbours(reach=2, features=3, outputs=5)
-    nn.init.normal_(neighbours.output.weight)
+    local_window = LocalWindow(reach=2, features=3, outputs=5)
+    nn.init.normal_(local_window.output.weight)
     tokens, clean, before = torch.randn(2, 7, 3), torch.randn(2, 7, 3), torch.randn(2, 2, 3)
     blocks = torch.tensor([0, 0, 1, 1, 1, 1, 2])
 
     def expected(heard) -> Tensor:
         rows = [torch.cat([heard(i, i + d) for d in (-2, -1, 1, 2)], -1) for i in range(7)]
-        return neighbours.output(torch.stack(rows, 1))
+        return local_window.output(torch.stack(rows, 1))
 
     silence = torch.zeros(2, 3)
-    torch.testing.assert_close(neighbours(tokens), expected(lambda i, j: tokens[:, j] if 0 <= j < 7 else silence))
+    torch.testing.assert_close(local_window(tokens), expected(lambda i, j: tokens[:, j] if 0 <= j < 7 else silence))
     torch.testing.assert_close(
-        neighbours(tokens, before),
+        local_window(tokens, before),
         expected(lambda i, j: before[:, j] if j < 0 else tokens[:, j] if j < 7 else silence),
     )
 
@@ -35,7 +35,7 @@ def test_a_token_hears_those_next_to_it():
             return silence
         return (tokens if blocks[j] == blocks[i] else clean)[:, j]
 
-    torch.testing.assert_close(neighbours(tokens, context=(clean, blocks)), expected(in_blocks))
+    torch.testing.assert_close(local_window(tokens, context=(clean, blocks)), expected(in_blocks))
 
 
 def test_the_mlp_of_a_token_hears_that_token_alone():
@@ -57,11 +57,11 @@ def test_many_tokens_of_a_patch_share_the_units_of_their_mlps(slots, hidden):
 def test_the_last_tokens_are_those_that_the_next_ones_hear(before):
     """However few come at a time."""
     tokens = torch.arange(20.0).view(1, 5, 4)
-    neighbours = Neighbours(reach=3, features=4, outputs=2)
-    together = neighbours.last(tokens, before)
+    local_window = LocalWindow(reach=3, features=4, outputs=2)
+    together = local_window.last(tokens, before)
     one_by_one = before
     for i in range(5):
-        one_by_one = neighbours.last(tokens[:, i : i + 1], one_by_one)
+        one_by_one = local_window.last(tokens[:, i : i + 1], one_by_one)
     assert torch.equal(one_by_one, together) and torch.equal(together, tokens[:, 2:])
 
 
@@ -85,10 +85,10 @@ def test_rotation_makes_scores_relative():
 
 def test_attention_is_the_formula():
     torch.manual_seed(0)
-    attention = tiny_model(CODEC).blocks[0].attention.double()
+    attention = tiny_model(CODEC).layers[0].attention.double()
     x, rates = torch.randn(2, 5, 32).double(), torch.rand(1, 1, 5, 8).double()
-    keys = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    result = attention(x, (rates.cos(), rates.sin()), keys[:, None, None])
+    visible = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    result = attention(x, (rates.cos(), rates.sin()), visible[:, None, None])
 
     def normalised(v, weight):
         return v / (v.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
@@ -97,26 +97,26 @@ def test_attention_is_the_formula():
     q, k = (rotate(normalised(a, n.weight).transpose(1, 2), rates.cos(), rates.sin())
             for a, n in ((q, attention.q_norm), (k, attention.k_norm)))  # fmt: skip
     scores = q @ k.transpose(-1, -2) / 16**0.5
-    scores = scores.masked_fill(~keys[:, None, None], -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
     expected = (scores @ v.transpose(1, 2)).transpose(1, 2).reshape(2, 5, 32)
     expected = expected @ attention.out.weight.T + attention.out.bias
     torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("per_position", [False, True])
-def test_a_block_asked_for_its_last_positions_gives_just_these(per_position):
-    block = tiny_model(CODEC).blocks[0].double()
+def test_a_layer_asked_for_its_last_positions_gives_just_these(per_position):
+    layer = tiny_model(CODEC).layers[0].double()
     x, time = torch.randn(2, 5, 32).double(), torch.randn(2, 5 if per_position else 1, 192).double()
-    keys = torch.ones(2, 1, 5 if per_position else 1, 5, dtype=torch.bool).tril()
+    visible = torch.ones(2, 1, 5 if per_position else 1, 5, dtype=torch.bool).tril()
     rotation = tuple(torch.randn(2, 1, 5, 8).double() for _ in range(2))
-    torch.testing.assert_close(block(x, time, rotation, keys, wanted=2), block(x, time, rotation, keys)[:, -2:])
+    torch.testing.assert_close(layer(x, time, rotation, visible, wanted=2), layer(x, time, rotation, visible)[:, -2:])
 
 
-def test_gradients_of_a_block():
-    block = tiny_model(CODEC).blocks[0].double()
+def test_gradients_of_a_layer():
+    layer = tiny_model(CODEC).layers[0].double()
     generator = torch.Generator().manual_seed(0)
     x, time, angles = (torch.randn(shape, generator=generator).double() for shape in ((1, 3, 32), (1, 3, 192), (3, 8)))
-    keys = torch.tensor([True, True, False])[None, None, None]
+    visible = torch.tensor([True, True, False])[None, None, None]
     rotation = (angles.cos(), angles.sin())
     inputs = (x.requires_grad_(), time.requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: block(a, b, rotation, keys), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda a, b: layer(a, b, rotation, visible), inputs, fast_mode=True)

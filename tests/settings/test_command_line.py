@@ -86,7 +86,7 @@ def test_all_mistakes_are_listed_at_once():
         (["--vocab_size", "100"], "--vocab_size 100: expected at least 257"),
         (["--eval_fraction", "1"], "--eval_fraction 1.0: expected at least 0 and less than 1"),
         (["--recipe", "reference", "--posterior", "tokens"], "drop --posterior tokens"),
-        (["--recipe", "reference", "--neighbours", "1"], "--head linear has no posteriors to hear"),
+        (["--recipe", "reference", "--local_window", "1"], "--head linear has no posteriors for a local window"),
         (["--noisy_depth", "1"], "--noisy_depth 1 is for texts from left to right: give --block_size"),
         (["--timesteps", "logit_normal"], "choose one of band, uniform, entropic, noisy"),
         (["--seed", "1", "text.txt"], "unknown argument 'text.txt'"),

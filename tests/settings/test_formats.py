@@ -101,10 +101,10 @@ def test_settings_that_were_left_alone_are_dropped(old_folder):
     assert old_folder("config.json", {"seed": 1}) == {"seed": 1}
     model = {"patch_size": 4, "head": "posterior", "posterior": "auto", "in_turn": True}
     codec = {"vocab_size": 300, "token_size": 2}
-    dropped = {"positions": "reading", "self_conditioning": False}
+    old = {"positions": "reading", "self_conditioning": False, "neighbours": 2}
     written = {"block_size": 0, "in_turn": True, "exact_patches": 4}
-    upgraded = old_folder("model.json", {"model": model | dropped, "codec": codec})
-    assert upgraded == {"model": model, "codec": codec, "writing": written}
+    upgraded = old_folder("model.json", {"model": model | old, "codec": codec})
+    assert upgraded == {"model": model | {"local_window": 2}, "codec": codec, "writing": written}
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_muon_keeps_one_moment_of_the_matrices_of_the_blocks(corpus):
     muon = raw | {"optimizer": raw["optimizer"] | {"type": "Muon"}}
     plans = [forecast.make_plan(settings(corpus), engine, CPU, None) for engine in (muon, raw)]
     parts = assemble(settings(corpus), OnlyRank(), None)
-    matrices = sum(p.numel() for p in parts.module.model.blocks.parameters() if p.ndim == 2)
+    matrices = sum(p.numel() for p in parts.module.model.layers.parameters() if p.ndim == 2)
     states = [plan["memory"]["stages"][0]["optimizer"] for plan in plans]
     assert states[1] - states[0] == pytest.approx(4 * matrices, abs=8)
 

@@ -8,7 +8,7 @@ from torch import nn
 from ds_tokimg.diffusion.path import add_noise_to_timestep
 from ds_tokimg.inference.sampler import SamplingOptions, sample
 from ds_tokimg.model.context import Drawn, Patches, TeacherForced, WholeImage
-from ds_tokimg.model.layers import InTurn, Neighbours
+from ds_tokimg.model.layers import InTurn, LocalWindow
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.objective import TrainingLoss
 from tests.support.tiny import layout_of, maker_of, random_texts, tiny_model
@@ -36,8 +36,8 @@ def patches_of(model, t=600.0, prompts=False):
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_a_token_hears_without_noise_what_was_drawn_before_it(in_blocks):
     """One by one: what is earlier in its run, on either side, in texts that are drawn in turn; a block begins a run."""
-    neighbours = Neighbours(reach=2, features=3, outputs=5)
-    nn.init.normal_(neighbours.output.weight)
+    local_window = LocalWindow(reach=2, features=3, outputs=5)
+    nn.init.normal_(local_window.output.weight)
     tokens, clean = torch.randn(2, 60, 3), torch.randn(2, 60, 3)
     blocks = torch.arange(60) // 20 if in_blocks else torch.zeros(60)
     turns = torch.arange(60) % (20 if in_blocks else 60) % 16
@@ -49,12 +49,12 @@ def test_a_token_hears_without_noise_what_was_drawn_before_it(in_blocks):
         return (clean if is_known else tokens)[row, j]
 
     rows = [[torch.cat([heard(row, i, i + d) for d in (-2, -1, 1, 2)]) for i in range(60)] for row in (0, 1)]
-    expected = neighbours.output(torch.stack([torch.stack(row) for row in rows]))
+    expected = local_window.output(torch.stack([torch.stack(row) for row in rows]))
     in_turn = InTurn(clean, torch.tensor([False, True]))
     options = {"context": (clean, blocks) if in_blocks else None, "in_turn": in_turn}
-    torch.testing.assert_close(neighbours(tokens, **options), expected)
+    torch.testing.assert_close(local_window(tokens, **options), expected)
     wanted = slice(2, None, 16)
-    torch.testing.assert_close(neighbours(tokens, **options, wanted=wanted), expected[:, wanted])
+    torch.testing.assert_close(local_window(tokens, **options, wanted=wanted), expected[:, wanted])
 
 
 @pytest.mark.parametrize("prompts", [False, True])
@@ -129,7 +129,7 @@ def test_only_some_texts_are_predicted_in_turn():
         ({}, True),
         ({"posterior": "tree"}, True),
         ({"posterior": "digits"}, False),
-        ({"neighbours": 0}, False),
+        ({"local_window": 0}, False),
         ({"head": "linear"}, False),
         ({"patch_size": 1}, False),
     ],
