@@ -47,7 +47,7 @@ def commands() -> str:
     text = ["# Commands\n", "`ds-tokimg COMMAND …` and `python -m ds_tokimg COMMAND …` are the same. Each exits with 0"]
     text += ["on success, 2 on a mistake of the user (one message, no traceback) and 1 on a failure of its own.\n"]
     text += [table(["command", "what it does"], [[f"`{name}`", what] for name, what in COMMANDS.items()])]
-    text += ["## train\n", "Takes every [setting](settings.md) as a flag, and `--recipe`.\n"]
+    text += ["## train\n", "Takes every [setting](settings.md) as a flag.\n"]
     for name in COMMANDS:
         if name != "train":
             text += [f"## {name}\n", *_command(name)]
