@@ -17,8 +17,7 @@ import torch
 from benchmarks import ROOT
 from ds_tokimg.commands.evaluate import open_texts
 from ds_tokimg.data.batch import blocks_of
-from ds_tokimg.diffusion.band import bound_range
-from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, timestep_of_log_snr
+from ds_tokimg.diffusion.path import START, add_noise_to_timestep, alpha_sigma, bound_range, timestep_of_log_snr
 from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.model.context import Patches, TeacherForced, WholeImage
 from ds_tokimg.model.heads.base import Prediction

@@ -1,4 +1,4 @@
-"""`python -m ds_tokimg COMMAND`, also under `deepspeed --module ds_tokimg` and `torchrun -m ds_tokimg`.
+"""`ds-tokimg COMMAND`, or `python -m ds_tokimg COMMAND`; also under `deepspeed --module ds_tokimg` and `torchrun -m`.
 
 Exit code 0 on success, 2 on a mistake of the user (one message, no traceback), 1 on a failure of our own.
 """
@@ -22,7 +22,7 @@ COMMANDS = {
 def usage() -> str:
     """The help of the program: one line a command."""
     lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    head = "usage: python -m ds_tokimg COMMAND [flags]     (COMMAND --help lists the flags)\n\ncommands:"
+    head = "usage: ds-tokimg COMMAND [flags]     (COMMAND --help lists the flags)\n\ncommands:"
     return "\n".join([head, *lines])
 
 
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     if command in COMMANDS:
         return importlib.import_module(f"ds_tokimg.commands.{command}").main(flags)
     if "--version" in argv:
-        print(f"ds_tokimg {__version__}")
+        print(f"ds-tokimg {__version__}")
     elif command is None and (not argv or {"-h", "--help"} & set(argv)):
         print(usage())
     else:

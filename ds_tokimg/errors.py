@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import types
 import typing
 
 
@@ -25,3 +26,61 @@ def raise_problems(title: str, problems: list[str]) -> None:
 
 class TrainingError(RuntimeError):
     """The run itself failed (it is no mistake of the user's): one clear message, exit code 1."""
+
+
+def value_problems(values: dict, fields: dict[str, typing.Any], where: str = "") -> list[str]:
+    """What is wrong with the keys of a JSON object and the types of its values, one sentence each.
+
+    Args:
+        fields: the keys that it must have, each with its annotation: `int`, `str | None`, `list[int]`, `dict`, ...
+        where: what the keys stand in, put before their names: `model.`.
+    """
+    unknown = [f"unknown key {where + key!r}{nearest(key, fields)}" for key in values if key not in fields]
+    missing = [f"the key {where + key!r} is missing" for key in fields if key not in values]
+    wrong = [
+        f"{where}{key} is {shortened(values[key])}: expected {described(kind)}"
+        for key, kind in fields.items()
+        if key in values and not has_type(values[key], kind)
+    ]
+    return unknown + missing + wrong
+
+
+def has_type(value, annotation) -> bool:
+    """Whether a value of a JSON file or a flag is of an annotation's type. A whole number is a number, true is none."""
+    for member in alternatives(annotation):
+        if typing.get_origin(member) is list:
+            fits = isinstance(value, list) and all(has_type(item, *typing.get_args(member)) for item in value)
+        elif member is float:
+            fits = isinstance(value, int | float) and not isinstance(value, bool)
+        elif member is int:
+            fits = isinstance(value, int) and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, member)
+        if fits:
+            return True
+    return False
+
+
+def described(annotation) -> str:
+    """An annotation in a user's words: "a whole number or null"."""
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        dict: "an object",
+        list: "a list",
+        types.NoneType: "null",
+    }
+    return " or ".join(names.get(member, "a list of numbers") for member in alternatives(annotation))
+
+
+def alternatives(annotation) -> tuple:
+    """The members of `int | None`, or the type itself."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def shortened(value) -> str:
+    """A value as it is shown in a message, at most a line long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

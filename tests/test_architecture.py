@@ -60,14 +60,6 @@ def test_deepspeed_is_imported_by_the_engine_alone():
         assert "deepspeed" not in modules or package_of(file) == "engine", file
 
 
-def test_the_tour_names_files_that_exist():
-    """CONTRIBUTING.md: five files, one after the other, and every package."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    files = re.findall(r"^\d\. \[`(.+?)`\]", text, re.M)
-    assert len(files) == 5 and all((ROOT / file).is_file() for file in files)
-    assert all(f"`{name}/`" in text or f"`{name}.py`" in text for name in set(STOREY))
-
-
 # ---- functions ----
 
 MOST_PARAMETERS = 7
@@ -97,3 +89,11 @@ def test_no_function_has_more_parameters_than_one_can_hold():
             if len(parameters_of(function)) > MOST_PARAMETERS:
                 many.add(f"{file.relative_to(PACKAGE).as_posix()}: {name}")
     assert many == WITH_MORE
+
+
+def test_the_tour_names_files_that_exist():
+    """CONTRIBUTING.md: five files, one after the other, and every package."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\d\. \[`(.+?)`\]", text, re.M)
+    assert len(files) == 5 and all((ROOT / file).is_file() for file in files)
+    assert all(f"`{name}/`" in text or f"`{name}.py`" in text for name in set(STOREY))

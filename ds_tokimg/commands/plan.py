@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
@@ -62,7 +63,8 @@ def _machine(arguments: argparse.Namespace) -> engine_json.Machine:
         raise UserError(f"--memory_gb {arguments.memory_gb}: expected a number above 0")
     if arguments.accelerator is not None:
         return engine_json.Machine(world_size, arguments.accelerator, bf16=True, fp16=arguments.accelerator == "cuda")
-    from ds_tokimg.engine.engine import machine_capabilities
+    with quiet():
+        from ds_tokimg.engine.engine import machine_capabilities
 
     return dataclasses.replace(machine_capabilities(), world_size=world_size)
 

@@ -10,6 +10,7 @@ import logging
 import sys
 
 from ds_tokimg.engine.allocator import keep_freed_memory
+from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import TrainingError, UserError, raise_problems
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import train_config
@@ -22,7 +23,8 @@ def main(argv: list[str]) -> int:
     raise_problems(f"{config.deepspeed_config} cannot be used:", check(raw))
     keep_freed_memory()
     # Torch and DeepSpeed take seconds to import: help and mistakes are answered before.
-    from ds_tokimg.engine.engine import init_distributed
+    with quiet():
+        from ds_tokimg.engine.engine import init_distributed
     from ds_tokimg.training.run import train
 
     dist = init_distributed()

@@ -6,9 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from ds_tokimg.data.batch import Canvas
 from ds_tokimg.data.dataset import TokenImageDataset
+from ds_tokimg.errors import value_problems
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
 
@@ -49,7 +52,27 @@ class TextFormat:
 
     def description(self) -> str:
         """As JSON: the content of text.json."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json.dumps({"format": formats.FORMAT, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_description(cls, values: dict, path) -> TextFormat:
+        """`values`: of the file `path`, a text.json, in today's format. Raises UserError for bad ones."""
+        formats.refuse(path, value_problems(values, get_type_hints(cls)))
+        text_format = cls(**values)
+        formats.refuse(path, text_format.problems())
+        return text_format
+
+    def problems(self) -> list[str]:
+        """Values that no run can have, one sentence each."""
+        smallest = {"max_tokens": 1, "canvas": 0, "eos_id": 0}
+        problems = [
+            f"{name} is {getattr(self, name)}: expected at least {least}"
+            for name, least in smallest.items()
+            if getattr(self, name) < least
+        ]
+        if not 0 <= self.eval_fraction < 1:
+            problems.append(f"eval_fraction is {self.eval_fraction}: expected at least 0 and less than 1")
+        return problems
 
 
 def absolute(data_path: str) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_tokimg.diffusion.band import LOG_SNR_MIN, bound_range, information_rate
-from ds_tokimg.diffusion.path import LOG_SNR_START, timestep_of_log_snr
+from ds_tokimg.diffusion.path import LOG_SNR_MIN, LOG_SNR_START, bound_range, information_rate, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import Writing
 
 # Tokens that are drawn in turn are drawn after this share of what a reader without context learns on the way from noise

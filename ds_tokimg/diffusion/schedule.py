@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_tokimg.diffusion.band import Band
-from ds_tokimg.diffusion.path import log_snr, timestep_of_log_snr
+from ds_tokimg.diffusion.path import Band, log_snr, timestep_of_log_snr
 
 BINS = 32
 DECAY = 0.99  # of what was seen, a step: about the last hundred steps count

@@ -36,7 +36,8 @@ from ds_tokimg.engine import elastic
 from ds_tokimg.engine.optimizer import average_key
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import FP32
-from ds_tokimg.errors import TrainingError, UserError
+from ds_tokimg.errors import TrainingError, UserError, value_problems
+from ds_tokimg.settings import formats
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.engine import TrainEngine
@@ -45,10 +46,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE = formats.TRAINER_STATE
 RNG = "rng.pt"
 WEIGHTS = "model.safetensors"
 FOLDER = "checkpoints"
+# What a reader of the engine's files must know, see `_engine_state`.
+ENGINE_STATE = {
+    **dict.fromkeys(("stage", "partitions", "world_size", "updates"), int),
+    **dict.fromkeys(("precision", "optimizer"), str),
+    **dict.fromkeys(("groups", "states"), list),
+    **dict.fromkeys(("params", "zero"), dict),
+    "ema_decay": float,
+}
 _UNFINISHED = ".unfinished_"  # folders being written, or replaced: never read
 _CHUNK = 16 * 2**20  # bytes read at once for a checksum
 
@@ -85,7 +94,7 @@ def save(
         engine.engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
         _save_weights(engine, folder)
         generators = dist.gather(_generator_states())
-        state = {**state, "step": engine.global_steps, "engine": _engine_state(engine)}
+        state = {"format": formats.FORMAT, **state, "step": engine.global_steps, "engine": _engine_state(engine)}
         dist.on_first_rank(lambda: _save_state(folder, state, generators, texts or {}))
         checksums = dist.gather(_checksums(folder, dist.rank, dist.world_size))
         dist.on_first_rank(lambda: _finish(folder, root / tag, checksums, best, keep))
@@ -105,25 +114,37 @@ def load(engine: TrainEngine, checkpoint: str | Path, work_dir: str | Path | Non
     checkpoint = Path(checkpoint)
     if not engine.dist.all_true((checkpoint / MANIFEST).is_file()):
         raise UserError(f"{checkpoint} is not visible on every node: keep --output_dir where they all see it")
-    state = read_state(checkpoint)
+    written, state = _read_state(checkpoint)
     saved = state.pop("engine")
-    elastic.check_same_model(engine, saved, checkpoint)
-    if all(saved[key] == value for key, value in engine.layout.items()):
+    names = formats.parameter_names(saved["params"], written)
+    elastic.check_same_model(engine, saved, names, checkpoint)
+    renamed = any(name != old for old, name in names.items())
+    if not renamed and all(saved[key] == value for key, value in engine.layout.items()):
         engine.load_same_layout(checkpoint)
     else:
-        elastic.load(engine, checkpoint, saved, Path(work_dir or checkpoint.parent))
+        elastic.load(engine, checkpoint, saved, names, Path(work_dir or checkpoint.parent))
     engine.resume_schedule()
     _restore_generators(checkpoint, engine.dist.rank)
     return state
 
 
 def read_state(checkpoint: str | Path) -> dict:
-    """The trainer's state of a checkpoint. UserError when the folder is none."""
-    path = Path(checkpoint) / TRAINER_STATE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint: cannot read {path.name} ({error})") from None
+    """The trainer's state of a checkpoint. UserError when the folder is none, or its file is broken or of a newer
+    version."""
+    return _read_state(Path(checkpoint))[1]
+
+
+def _read_state(checkpoint: Path) -> tuple[int, dict]:
+    """The format that a checkpoint was written in, and its state in today's."""
+    path = checkpoint / TRAINER_STATE
+    if not path.is_file():
+        raise UserError(f"{checkpoint} is not a checkpoint: there is no {TRAINER_STATE} in it")
+    written = formats.read_together({TRAINER_STATE: path})
+    state = written.files[TRAINER_STATE]
+    own = {key: state[key] for key in ("step", "engine") if key in state}
+    formats.refuse(path, value_problems(own, {"step": int, "engine": dict}))
+    formats.refuse(path, value_problems(state["engine"], ENGINE_STATE, "engine."))
+    return written.format, state
 
 
 def load_weights(checkpoint: str | Path, which: str = "ema", prefix: str = "model.") -> dict[str, Tensor]:
@@ -136,12 +157,15 @@ def load_weights(checkpoint: str | Path, which: str = "ema", prefix: str = "mode
     Raises UserError for a folder that is no checkpoint, or when the file is damaged.
     """
     checkpoint = Path(checkpoint)
-    decay = read_state(checkpoint).get("engine", {}).get("ema_decay", 0)
+    written, state = _read_state(checkpoint)
+    decay = state["engine"]["ema_decay"]
     name = f"{average_key(decay)}.safetensors" if which == "ema" and decay else WEIGHTS
     problem = verify(checkpoint, [name])
     if problem:
         raise UserError(f"{checkpoint} is damaged: {problem}; use another checkpoint of the run")
-    return {key.removeprefix(prefix): value for key, value in load_file(checkpoint / name).items()}
+    weights = load_file(checkpoint / name)
+    names = formats.parameter_names(weights, written)
+    return {names[key].removeprefix(prefix): value for key, value in weights.items()}
 
 
 def find(output_dir: str | Path, which: str = "latest", dist: Dist | None = None) -> Path:

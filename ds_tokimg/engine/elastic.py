@@ -1,4 +1,5 @@
-"""Resuming on another number of ranks, ZeRO stage or precision than a checkpoint was written with.
+"""Resuming on another number of ranks, ZeRO stage or precision than a checkpoint was written with, or by a version that
+had other names for the parameters.
 
 DeepSpeed's answer is its universal checkpoint: one folder per parameter with the whole fp32 weight and the whole of
 each optimiser state, from which every rank takes its part. Its format is kept here (`zero/NAME/{fp32,exp_avg,...}.pt`,
@@ -39,15 +40,18 @@ Reader = Callable[[Path], dict]  # reads one of the engine's files, memory-mappe
 States = dict[str, Tensor]  # "fp32" and the optimiser's states of one parameter, whole
 
 
-def check_same_model(engine: TrainEngine, saved: dict, checkpoint: Path) -> None:
-    """UserError when a checkpoint's parameters or optimiser are not those of the engine."""
+def check_same_model(engine: TrainEngine, saved: dict, names: dict[str, str], checkpoint: Path) -> None:
+    """UserError when a checkpoint's parameters or optimiser are not those of the engine.
+
+    names: {name in the checkpoint: today's} of its parameters.
+    """
     layout = engine.layout
     if saved["optimizer"] != layout["optimizer"]:
         raise UserError(
             f"{checkpoint} was trained with {saved['optimizer']} and the DeepSpeed JSON now asks for "
             f"{layout['optimizer']}: change it back, or start a new run from these weights with --init_from"
         )
-    ours, theirs = layout["params"], saved["params"]
+    ours, theirs = layout["params"], {names[name]: shape for name, shape in saved["params"].items()}
     for name in {**theirs, **ours}:
         if ours.get(name) != theirs.get(name):
             raise UserError(
@@ -56,11 +60,11 @@ def check_same_model(engine: TrainEngine, saved: dict, checkpoint: Path) -> None
             )
 
 
-def load(engine: TrainEngine, checkpoint: Path, saved: dict, work_dir: Path) -> None:
+def load(engine: TrainEngine, checkpoint: Path, saved: dict, names: dict[str, str], work_dir: Path) -> None:
     """Fill an engine that has not stepped yet from a checkpoint of another layout. Collective.
 
     Args:
-        saved: the layout in the checkpoint.
+        saved: the layout in the checkpoint. names: {name in the checkpoint: today's} of its parameters.
         work_dir: folder to convert in, shared by all nodes. Needs room for the whole fp32 weights and states.
     """
     universal = work_dir / UNIVERSAL
@@ -69,7 +73,7 @@ def load(engine: TrainEngine, checkpoint: Path, saved: dict, work_dir: Path) -> 
         *(checkpoint, describe(saved), describe({**engine.layout, "world_size": engine.dist.world_size})),
     )
     try:
-        engine.dist.on_first_rank(lambda: _convert_with_care(checkpoint, saved, universal, engine.read_file))
+        engine.dist.on_first_rank(lambda: _convert_with_care(checkpoint, saved, names, universal, engine.read_file))
         if not engine.dist.all_true((universal / "zero" / OPTIMIZER_STATE).is_file()):
             raise UserError(f"{work_dir} is not visible on every node: keep --output_dir where they all see it")
         _fill(engine, universal)
@@ -86,7 +90,7 @@ def describe(layout: dict) -> str:
     return f"{ranks} rank{'s' if ranks > 1 else ''}, ZeRO stage {layout['stage']}, {layout['precision']}"
 
 
-def _convert_with_care(checkpoint: Path, saved: dict, universal: Path, read: Reader) -> None:
+def _convert_with_care(checkpoint: Path, saved: dict, names: dict[str, str], universal: Path, read: Reader) -> None:
     """Convert if there is permission and room for it, else UserError."""
     shutil.rmtree(universal, ignore_errors=True)
     parameters = sum(math.prod(shape) for shape in saved["params"].values())
@@ -101,15 +105,15 @@ def _convert_with_care(checkpoint: Path, saved: dict, universal: Path, read: Rea
             f"cannot convert {checkpoint} in {universal.parent}: that takes {needed / 2**30:.2f} GiB for a while and "
             f"only {room / 2**30:.2f} GiB are free"
         )
-    convert(checkpoint, saved, universal, read)
+    convert(checkpoint, saved, names, universal, read)
 
 
-def convert(checkpoint: Path, saved: dict, universal: Path, read: Reader) -> None:
-    """Write the universal form of a checkpoint of layout `saved` to the folder `universal`."""
+def convert(checkpoint: Path, saved: dict, names: dict[str, str], universal: Path, read: Reader) -> None:
+    """Write the universal form of a checkpoint of layout `saved` to the folder `universal`, under today's `names`."""
     source = {0: _whole_states, 1: _flat_states, 2: _flat_states, 3: _partitioned_states}[saved["stage"]]
     updates = torch.tensor(float(saved["updates"]))
     for name, states in source(checkpoint, saved, read):
-        folder = universal / "zero" / name
+        folder = universal / "zero" / names[name]
         folder.mkdir(parents=True)
         for key, value in states.items():
             # A view would be written with all of the memory that it is a part of.

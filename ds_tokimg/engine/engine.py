@@ -1,4 +1,4 @@
-"""The trained module inside a DeepSpeed engine: the only module that imports deepspeed.
+"""The trained module inside a DeepSpeed engine.
 
 One `TrainEngine.train_batch` is one optimiser step on one train batch, and its gradient does not depend on how the
 batch was cut into ranks and micro-batches: the sum over the valid pixels of a micro-batch is divided by the valid
@@ -9,35 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import logging
 import os
 import pickle
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
-from ds_tokimg.engine import checkpoint
+from ds_tokimg.engine import checkpoint, startup
 from ds_tokimg.engine.optimizer import AveragedMuon, build_optimizer
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import Shards
 from ds_tokimg.errors import TrainingError
-
-logging.disable(logging.WARNING)  # that a machine has no GPU is no news to its user
-import deepspeed  # noqa: E402
-from deepspeed.accelerator import get_accelerator  # noqa: E402
-from deepspeed.ops import __compatible_ops__  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
-from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
-
-logging.disable(logging.NOTSET)
 
 # How many steps in a row may be skipped for gradients that are not finite before the run ends. Dynamic loss scaling
 # skips about one step per halving of the scale at the start of an fp16 run, so it gets more patience.
@@ -64,26 +56,6 @@ def _member(enumeration: Any, name: str) -> ZeroStageEnum:
 # The built-in itself would open a way to everything that can be reached from the classes above.
 CHECKPOINT_CLASSES += [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
 
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# DeepSpeed calls collectives by names that torch is about to retire, several times a step.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-# DeepSpeed would compile this C++ operation when a run starts on a CPU; without it gloo does the same work.
-__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _import_muon_uncompiled() -> None:
-    """ZeRO imports Muon to ask whether an optimiser is one, and the import prepares its kernels for torch.compile,
-    which takes longer than all else that DeepSpeed does to start. Ours never is one."""
-    compile_kernel = deepspeed.runtime.compiler.compile
-    deepspeed.runtime.compiler.compile = lambda *args, **kwargs: lambda kernel: kernel
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        deepspeed.runtime.compiler.compile = compile_kernel
-
-
-_import_muon_uncompiled()
-
 
 def init_distributed(timeout_minutes: float | None = None) -> Dist:
     """Join the process group; a plain `python` becomes the only rank of one.
@@ -95,7 +67,9 @@ def init_distributed(timeout_minutes: float | None = None) -> Dist:
     if timeout_minutes is None:
         timeout_minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MINUTES))
     timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    startup.hush()
+    with startup.without_host_kernels():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -177,6 +151,7 @@ class TrainEngine:
         # Written down before ZeRO puts flat buffers in the parameters' place.
         self._groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
         self._shapes = {name: list(p.shape) for p, name in names.items()}
+        startup.import_muon()
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=self._engine_config(), dist_init_required=False
         )

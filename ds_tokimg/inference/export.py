@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ds_tokimg.inference.loading import TrainedModel
+from ds_tokimg.settings import formats
 
 
 def export(trained: TrainedModel, output: Path) -> None:
@@ -18,7 +19,7 @@ def export(trained: TrainedModel, output: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         trained.model.save_pretrained(staging)
-        (staging / "text.json").write_text(trained.format.description() + "\n")
+        (staging / formats.TEXT).write_text(trained.format.description() + "\n", encoding="utf-8")
         trained.tokenizer.save_pretrained(staging / "tokenizer")
         staging.chmod(0o755)
         os.replace(staging, output)

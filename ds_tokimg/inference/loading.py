@@ -6,17 +6,18 @@ into images). An export has its tokenizer inside; a checkpoint's stands in the r
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from ds_tokimg.data.text_format import TextFormat
 from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.errors import UserError
+from ds_tokimg.model.files import WEIGHTS as WEIGHTS_FILE
+from ds_tokimg.model.files import load_weights, read_weights
 from ds_tokimg.model.jit import JiT
+from ds_tokimg.settings import formats
 from ds_tokimg.tokens import tokenizer as tokenizers
 from ds_tokimg.tokens.layout import PatchLayout
 
@@ -44,12 +45,13 @@ def load_trained(path: str, weights: str = "ema", device: str = "cpu") -> Traine
     Raises UserError when the folder is none of these, or is not whole.
     """
     folder = find_folder(Path(path))
-    model = JiT.of_description(json.loads((folder / "model.json").read_text()))
-    in_checkpoint = (folder / checkpoints.MANIFEST).is_file()
-    model.load_state_dict(
-        checkpoints.load_weights(folder, weights) if in_checkpoint else load_file(folder / "model.safetensors")
-    )
-    text_format = TextFormat(**json.loads((folder / "text.json").read_text()))
+    written = formats.read_together(formats.files_of(folder, formats.MODEL, formats.TEXT))
+    model = JiT.from_description(written.files[formats.MODEL], folder / formats.MODEL)
+    text_format = TextFormat.from_description(written.files[formats.TEXT], folder / formats.TEXT)
+    if (folder / checkpoints.MANIFEST).is_file():
+        load_weights(model, checkpoints.load_weights(folder, weights), folder)
+    else:
+        load_weights(model, read_weights(folder / WEIGHTS_FILE, written.format), folder / WEIGHTS_FILE)
     tokenizer = tokenizers.load_tokenizer(_tokenizer_folder(folder))
     if tokenizers.fingerprint(tokenizer) != text_format.tokenizer:
         raise UserError(
@@ -62,7 +64,7 @@ def find_folder(path: Path) -> Path:
     """The folder with the weights that a path stands for. Raises UserError when there is none."""
     if not path.is_dir():
         raise UserError(f"--checkpoint {path}: no such folder")
-    if (path / "model.json").is_file() and (path / "text.json").is_file():
+    if (path / formats.MODEL).is_file() and (path / formats.TEXT).is_file():
         return path
     if (path / "checkpoints").is_dir():
         for name in ("best", "latest"):

@@ -33,6 +33,19 @@ class JiTConfig:
     activation_checkpointing: bool = False
 
 
+def check_shape(config: JiTConfig) -> None:
+    """Raises ValueError for sizes that no transformer can have."""
+    for name in ("depth", "width", "heads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}: expected at least 1")
+    if config.width % (2 * config.heads):
+        raise ValueError(f"width {config.width} is not a multiple of twice the {config.heads} heads")
+    if not 0 <= config.noisy_depth <= config.depth:
+        raise ValueError(f"noisy_depth is {config.noisy_depth}; the model has {config.depth} blocks (0: all)")
+    if config.neighbours is not None and config.neighbours < 0:
+        raise ValueError(f"neighbours is {config.neighbours}: expected 0 or more")
+
+
 def model_names() -> list[str]:
     return [f"JiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
 

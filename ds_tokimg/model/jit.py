@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_tokimg.choices import HEADS
-from ds_tokimg.diffusion.band import readable_band
-from ds_tokimg.diffusion.path import alpha_sigma, timestep_of_log_snr
+from ds_tokimg.diffusion.path import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import RUN, Writing
-from ds_tokimg.model.config import JiTConfig, config_of_name
+from ds_tokimg.model.config import JiTConfig, check_shape, config_of_name
 from ds_tokimg.model.context import (
     CLEAN,
     NOISY,
@@ -39,11 +38,21 @@ from ds_tokimg.model.context import (
     last_valid,
     visible_mask,
 )
+from ds_tokimg.model.files import WEIGHTS, codec_of, load_weights, read_weights, shape_of, writing_of
 from ds_tokimg.model.heads.base import CandidateTokens, Prediction
 from ds_tokimg.model.heads.build import build_head
 from ds_tokimg.model.images import ImagePatches, mask_slots, take, valid_first
-from ds_tokimg.model.layers import Block, FinalLayer, RMSNorm, TimestepEmbedding, rope_frequencies
-from ds_tokimg.model.local_window import InTurn, Neighbours, TokenMLP
+from ds_tokimg.model.layers import (
+    Block,
+    FinalLayer,
+    InTurn,
+    Neighbours,
+    RMSNorm,
+    TimestepEmbedding,
+    TokenMLP,
+    rope_frequencies,
+)
+from ds_tokimg.settings import formats
 from ds_tokimg.tokens.codec import TokenCodec, check_geometry
 from ds_tokimg.tokens.layout import PatchLayout
 
@@ -63,11 +72,10 @@ class JiT(ImagePatches, nn.Module):
 
     def __init__(self, codec: TokenCodec, config: JiTConfig, block_size: int = 0):
         super().__init__()
+        check_shape(config)
         check_geometry(config.img_size, codec.token_size, config.layout, config.patch_size)
         if config.head not in HEADS:
             raise ValueError(f"unknown head {config.head!r}; available: {', '.join(HEADS)}")
-        if not 0 <= config.noisy_depth <= config.depth:
-            raise ValueError(f"noisy_depth is {config.noisy_depth}; the model has {config.depth} blocks (0: all)")
         self.codec = codec
         self.slots = (config.patch_size // codec.token_size) ** 2  # K, tokens a patch
         self.num_patches = (config.img_size // config.patch_size) ** 2
@@ -128,32 +136,38 @@ class JiT(ImagePatches, nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().float().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, directory / "model.safetensors")
-        (directory / "model.json").write_text(self.description() + "\n")
+        save_file(weights, directory / WEIGHTS)
+        (directory / formats.MODEL).write_text(self.description() + "\n", encoding="utf-8")
 
     def description(self) -> str:
         """Shape, codec and way of writing as JSON: the content of model.json."""
         parts = {"model": asdict(self.config), "codec": self.codec.to_dict(), "writing": asdict(self.writing)}
-        return json.dumps(parts)
+        return json.dumps({"format": formats.FORMAT, **parts})
 
     @classmethod
-    def of_description(cls, description: dict) -> JiT:
-        """A model with random weights, of the content of model.json."""
-        model = cls(TokenCodec.from_dict(description["codec"]), JiTConfig(**description["model"]))
-        model.writing = Writing(**description["writing"])
+    def from_description(cls, values: dict, path) -> JiT:
+        """A model of this description with random weights. `values`: of the file `path`, a model.json, in today's
+        format. Raises UserError when they describe no model."""
+        codec, config = codec_of(values, path), shape_of(values, path)
+        with formats.blaming(path):
+            model = cls(codec, config)
+            model.writing = writing_of(values, path)
         return model
 
     @classmethod
     def from_pretrained(cls, directory) -> JiT:
         """Reads what `save_pretrained` (or `python -m ds_tokimg export`) wrote; needs no DeepSpeed.
 
-        Raises FileNotFoundError when the folder is not an export.
+        Raises FileNotFoundError when the folder is not an export, UserError when its files are broken, or of a newer
+        version than this one.
         """
-        from safetensors.torch import load_file
-
         directory = Path(directory)
-        model = cls.of_description(json.loads((directory / "model.json").read_text()))
-        model.load_state_dict(load_file(directory / "model.safetensors"))
+        for name in (formats.MODEL, WEIGHTS):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{directory} is no export of a model: there is no {name} in it")
+        written = formats.read_together(formats.files_of(directory, formats.MODEL, may_have=[formats.TEXT]))
+        model = cls.from_description(written.files[formats.MODEL], directory / formats.MODEL)
+        load_weights(model, read_weights(directory / WEIGHTS, written.format), directory / WEIGHTS)
         return model.eval()
 
     @property

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_tokimg import recipes
-from ds_tokimg.errors import UserError, nearest, raise_problems
+from ds_tokimg.errors import UserError, alternatives, nearest, raise_problems
 from ds_tokimg.settings.config import SECTIONS, TrainConfig
-from ds_tokimg.settings.setting import FIXED, LAUNCH, members, type_problem, value_problem
+from ds_tokimg.settings.setting import FIXED, LAUNCH, type_problem, value_problem
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose mistakes are UserErrors, so that one rank prints them, like all others."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def path(text: str) -> str:
@@ -51,7 +51,7 @@ def build_parser(command: str, description: str, argv: Sequence[str] = ()) -> Pa
     for section, settings in SECTIONS.items():
         group = parser.add_argument_group(TITLES.get(section, section))
         for field in dataclasses.fields(settings):
-            add_flag = _add_switch if bool in members(field.type) else _add_value
+            add_flag = _add_switch if bool in alternatives(field.type) else _add_value
             add_flag(group, field, shown[field.name], hidden=field.metadata["of_recipe"] and "--help-all" not in argv)
     # The deepspeed launcher passes it; the rank itself comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -200,15 +200,16 @@ def _add_switch(group, field: dataclasses.Field, shown: bool | None, hidden: boo
 
 def _add_value(group, field: dataclasses.Field, shown, hidden: bool) -> None:
     """Add `--name VALUE`."""
-    kind, data = members(field.type)[0], field.metadata
+    kind, data = alternatives(field.type)[0], field.metadata
     options = {} if data["const"] is None else {"nargs": "?", "const": data["const"]}
     text = data["help"] if shown in (None, "") else f"{data['help']} (default: {shown})"
-    metavar = "{" + ",".join(data["choices"]) + "}" if data["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
+    usual = "PATH" if data["is_path"] else {int: "N", float: "X", str: "NAME"}[kind]
+    metavar = "{" + ",".join(data["choices"]) + "}" if data["choices"] else data["metavar"] or usual
     group.add_argument(
         f"--{field.name}",
         type=path if data["is_path"] else kind,
         default=argparse.SUPPRESS,
-        metavar="PATH" if data["is_path"] else metavar,
+        metavar=metavar,
         help=argparse.SUPPRESS if hidden else text.replace("%", "%%"),
         **options,
     )

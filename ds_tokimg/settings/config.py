@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from ds_tokimg import choices
-from ds_tokimg.errors import UserError, nearest, raise_problems
+from ds_tokimg.errors import UserError, raise_problems, value_problems
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.setting import (
     CLIPPING,
     COUNT,
@@ -125,6 +126,7 @@ class RunSettings:
         "at-once, left-to-right, reference, or a TOML file: the settings of a method",
         resume=FIXED,
         in_recipe=False,
+        metavar="NAME",
     )
     epochs: int | None = setting(
         None,
@@ -138,6 +140,7 @@ class RunSettings:
         "'latest' (also when alone), 'best', a checkpoint's folder, or 'auto': where there is a checkpoint",
         const="latest",
         is_path=True,
+        metavar="WHICH",
     )
     init_from: str | None = _launch(None, "start a new run from the weights of this checkpoint or export", is_path=True)
     save_interval: int = setting(500, "optimiser steps between checkpoints", COUNT)
@@ -224,24 +227,18 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
 
     def save(self, path: str | Path) -> None:
         """Write all settings as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        values = {"format": formats.FORMAT, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "TrainConfig":
-        """Settings written by `save`. UserError if the file is missing or broken, or has bad values."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the run's settings ({error.strerror})") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object of settings, found {type(values).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = [f"unknown setting {key!r}{nearest(key, known)}" for key in values if key not in known]
-        config = cls(**{key: value for key, value in values.items() if key in known})
-        raise_problems(f"{path} cannot be used:", unknown + config.problems())
-        return config
+        """Settings written by `save`, of this format or an earlier one. UserError if the file is missing or broken, has
+        unknown or missing settings, or bad values."""
+        values = formats.read(path, formats.CONFIG)
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        problems = value_problems(values, fields)
+        formats.refuse(path, problems or cls(**values).problems())
+        return cls(**values)
 
     def _each(self, fields, check) -> list[str]:
         """The problems that `check(field, value)` finds, each behind the name of the flag."""

@@ -30,7 +30,8 @@ from ds_tokimg.settings.engine_schema import (
     offload_device,
 )
 
-SHIPPED = Path(__file__).parents[2] / "ds_config.json"
+# In a checkout a link to the file in the repository's root, which users edit; installed, a copy of it.
+SHIPPED = Path(__file__).with_name("ds_config.json")
 # A batch size's key in the JSON and the flag that fills it.
 BATCH_FLAGS = {
     "train_batch_size": "train_batch_size",

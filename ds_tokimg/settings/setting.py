@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ds_tokimg.errors import nearest
+from ds_tokimg.errors import described, has_type, nearest
 
 # What a resumed run does with a setting.
 FIXED = "fixed for the run"  # another value is another run
@@ -44,23 +42,16 @@ def setting(
 
     more: `const`, its value when the flag stands alone; `is_path`, a path or a name: `~` is expanded, and it is not
     empty; `of_recipe`, what a recipe fixes: --help-all lists the flag, --help does not; `in_recipe=False` for what
-    belongs on the command line alone.
+    belongs on the command line alone; `metavar`, what the help calls the value.
     """
     metadata = {"help": help, "range": range, "choices": choices, "resume": resume, "const": None, "is_path": False}
-    metadata |= {"of_recipe": False, "in_recipe": True} | more
+    metadata |= {"of_recipe": False, "in_recipe": True, "metavar": None} | more
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def members(annotation) -> tuple:
-    """The alternatives of `int | None`, or the type itself."""
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
 def type_problem(field: dataclasses.Field, value) -> str | None:
     """What is wrong with the value's type, or None."""
-    if any(_has_type(value, member) for member in members(field.type)):
-        return None
-    return f"expected {' or '.join(_TYPE_NAMES[member] for member in members(field.type))}"
+    return None if has_type(value, field.type) else f"expected {described(field.type)}"
 
 
 def value_problem(field: dataclasses.Field, value) -> str | None:
@@ -71,12 +62,3 @@ def value_problem(field: dataclasses.Field, value) -> str | None:
     if range_ is not None and value is not None and not range_.holds(value):
         return f"expected {range_.text}"
     return None
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
-
-
-def _has_type(value, member: type) -> bool:
-    if member in (int, float):
-        return isinstance(value, int if member is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, member)

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ds_tokimg.choices import LAYOUTS
+from ds_tokimg.errors import value_problems
 
 
 @lru_cache(maxsize=32)
@@ -202,6 +203,11 @@ class TokenCodec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenCodec:
+        """The codec that `to_dict` described. Raises ValueError for unknown or missing keys and bad values."""
+        fields = {"vocab_size": int, "token_size": int, "radix": int, "palette": list[int] | None}
+        problems = value_problems(values, fields, "codec.")
+        if problems:
+            raise ValueError("; ".join(problems))
         return cls(**values)
 
     def save_png(
@@ -253,7 +259,10 @@ def _as_permutation(palette: ArrayLike | Tensor | None, vocab_size: int) -> Tens
     if palette is None:
         return None
     if not isinstance(palette, torch.Tensor):
-        palette = torch.from_numpy(np.array(palette, dtype=np.int64))
+        try:
+            palette = torch.from_numpy(np.array(palette, dtype=np.int64))
+        except OverflowError:
+            raise ValueError(f"palette must be a permutation of range({vocab_size})") from None
     if palette.shape != (vocab_size,) or not torch.equal(palette.sort().values, torch.arange(vocab_size)):
         raise ValueError(f"palette must be a permutation of range({vocab_size})")
     return palette

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from ds_tokimg.data.text_format import TextFormat, dataset_of
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.model.config import JiTConfig, config_of_name
+from ds_tokimg.model.files import codec_of
 from ds_tokimg.model.jit import JiT
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
 from ds_tokimg.tokens.codec import TokenCodec
@@ -131,13 +132,19 @@ def _data_sets(config: TrainConfig, text_format: TextFormat, layout: PatchLayout
 def _with_palette(layout: PatchLayout, train_set, dist, resumed: Path | None) -> PatchLayout:
     codec = layout.codec
     if resumed is not None:
-        palette = json.loads((resumed / "model.json").read_text())["codec"]["palette"]
+        palette = _palette_of(resumed)
     else:
         palette = dist.on_first_rank(
             lambda: semantic_palette(train_set.token_stream(), codec.vocab_size, codec.radix, codec.token_size)
         )
     codec = TokenCodec(codec.vocab_size, codec.token_size, codec.radix, palette)
     return PatchLayout(codec, layout.img_size, layout.patch_size, layout.layout)
+
+
+def _palette_of(checkpoint: Path) -> torch.Tensor | None:
+    paths = formats.files_of(checkpoint, formats.MODEL, may_have=[formats.TEXT])
+    model = formats.read_together(paths).files[formats.MODEL]
+    return codec_of(model, paths[formats.MODEL]).palette
 
 
 def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device) -> TrainingLoss:
@@ -159,12 +166,10 @@ def _module(config: TrainConfig, codec: TokenCodec, start, device: torch.device)
 
 def draws_of(config: TrainConfig, model: JiT, text_format: TextFormat) -> Draws:
     """What is drawn of every sample."""
-    return Draws(
-        patch_noise=config.patch_noise,
-        in_turn=in_turn_share(config, model),
-        condition_drop=config.condition_drop if config.enable_condition else None,
-        canvas=text_format.answers,
-    )
+    own = {"in_turn": in_turn_share(config, model), "canvas": text_format.answers}
+    if not config.enable_condition:
+        own["condition_drop"] = None
+    return config.part(Draws, **own)
 
 
 def in_turn_share(config: TrainConfig, model: JiT) -> float:

@@ -16,6 +16,8 @@ from ds_tokimg.settings.engine_schema import AUTO, lookup
 
 # The width for which recipes give their learning rate: that of JiT-XS.
 WIDTH = 192
+# Of the peak, with --init_from.
+FINE_TUNING_SHARE = 0.5
 # Training images for which a recipe's smallest train batch is right: about those of the bundled corpus.
 FEW_IMAGES = 2000
 # Larger ones have not been measured.
@@ -25,8 +27,10 @@ SHORT_SCHEDULE = 200
 
 
 def peak_learning_rate(config: TrainConfig) -> float:
-    """The best peak halves as the width doubles (Yang et al., "Tensor programs V", 2022, for the hidden matrices)."""
-    return config.lr_at_width_192 * (WIDTH / config_of_name(config.model).width)
+    """The best peak halves as the width doubles (Yang et al., "Tensor programs V", 2022, for the hidden matrices), and
+    weights that have learnt already want half of it."""
+    share = FINE_TUNING_SHARE if config.init_from else 1.0
+    return share * config.lr_at_width_192 * (WIDTH / config_of_name(config.model).width)
 
 
 def train_batch(config: TrainConfig, images: int) -> int:
@@ -54,7 +58,8 @@ def decide(
     decided = []
     if config.lr is None and lookup(raw, "optimizer.params.lr") in (None, AUTO):
         config = dataclasses.replace(config, lr=peak_learning_rate(config))
-        decided.append(f"lr {config.lr:g} for {config.model}")
+        start = " from trained weights" if config.init_from else ""
+        decided.append(f"lr {config.lr:g} for {config.model}{start}")
     if resumed_train_batch is None and _batch_is_open(config, raw):
         config = dataclasses.replace(config, train_batch_size=train_batch(config, images))
         decided.append(f"train batch {config.train_batch_size} for {images:,} images")

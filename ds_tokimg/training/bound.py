@@ -29,9 +29,8 @@ from torch import Tensor
 
 from ds_tokimg.data.batch import Batch, Canvas
 from ds_tokimg.data.text_format import TextFormat
-from ds_tokimg.diffusion.band import LOG_SNR_MIN, MARGIN
 from ds_tokimg.diffusion.levels import NoiseLevels, SamplingPath
-from ds_tokimg.diffusion.path import TimestepSampler
+from ds_tokimg.diffusion.path import LOG_SNR_MIN, MARGIN, TimestepSampler
 from ds_tokimg.diffusion.writing import Writing
 from ds_tokimg.tokens.layout import PatchLayout
 from ds_tokimg.training.objective import TrainingLoss
@@ -180,7 +179,7 @@ def _fixed_nats(batches: ValidationBatches, codec) -> np.ndarray:
     """The terms of each text's bound that need no network."""
     nats = np.zeros(len(batches))
     for index in range(len(nats)):
-        colours = codec.codebook[torch.from_numpy(batches.ids(index))]
+        colours = codec.codebook[torch.tensor(batches.ids(index))]
         nats[index] = prior_nats(colours, batches.path.noisiest).sum()
         if batches.path.drawn_at is None:
             nats[index] += colours.numel() * decoding_nats()

@@ -19,6 +19,7 @@ from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
 from ds_tokimg.inference.texts import generate, images_of, show
 from ds_tokimg.model.flops import matmul_peak
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, bound_of
@@ -153,10 +154,12 @@ class Run:
             "train_batch_size": self.train_batch_size,
             "best": self.best if math.isfinite(self.best) else None,
             "bits_per_token": self.bound.bits_per_token if self.bound else None,
+            "schedule": self.schedule.state() if self.schedule else None,
         }
-        if self.schedule is not None:
-            state["schedule"] = self.schedule.state()
-        texts = {"model.json": self.parts.module.model.description(), "text.json": self.parts.text_format.description()}
+        texts = {
+            formats.MODEL: self.parts.module.model.description(),
+            formats.TEXT: self.parts.text_format.description(),
+        }
         folder = checkpoints.save(
             self.engine, self.config.output_dir, state, texts=texts, best=improved, keep=self.config.keep_checkpoints
         )

@@ -1,6 +1,7 @@
 """Users' mistakes: one clear message, exit code 2, no traceback, nothing written. And the help of every command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,6 @@ def test_mistakes_with_checkpoints(flags, expected, run, capsys):
 
 
 def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     weights = next((copy / "checkpoints").glob("step_*/ema_*.safetensors"))
@@ -156,11 +155,43 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
 
 
 def test_a_replaced_tokenizer_is_noticed(run, tmp_path, capsys):
-    import shutil
-
     from ds_tokimg.tokens.tokenizer import train_tokenizer
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     train_tokenizer(["other words entirely"] * 10, 280).save_pretrained(copy / "tokenizer")
     assert "is not the tokenizer" in refused(capsys, "generate", "--checkpoint", copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "expected"),
+    [
+        ("text.json", lambda text: text.replace('"canvas"', '"canvs": 0, "canvas"'), "unknown key 'canvs'"),
+        ("text.json", lambda text: text.replace('"format": 1', '"format": 2'), "written by a newer ds_tokimg"),
+        ("text.json", lambda text: text.replace('"max_tokens": 64', '"max_tokens": 0'), "max_tokens is 0"),
+        ("text.json", lambda text: "", "not valid JSON"),
+        ("model.json", lambda text: text.replace('"depth": 2', '"depth": 0'), "depth is 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_broken_files_are_named(command, file, change, expected, run, corpus, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    path = next((folder / "checkpoints").glob(f"step_*/{file}"))
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    data = ["--data_path", corpus] if command == "evaluate" else []
+    message = refused(capsys, command, "--checkpoint", path.parent, *data)
+    assert message.startswith(f"error: {path}: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({"format": 2}, "written by a newer ds_tokimg"), ({"epoch": 2}, "did you mean 'epochs'")],
+    ids=["newer", "unknown"],
+)
+def test_a_run_with_a_broken_config_is_not_resumed(change, expected, run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert expected in refused(capsys, "train", "--resume", "latest", "--output_dir", folder)

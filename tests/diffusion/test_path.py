@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from ds_tokimg.choices import TIMESTEPS
-from ds_tokimg.diffusion.band import bound_range, information_rate, readable_band
 from ds_tokimg.diffusion.path import (
     TimestepSampler,
     add_noise_to_timestep,
     alpha_sigma,
+    bound_range,
+    information_rate,
     log_snr,
+    readable_band,
     timestep_of_log_snr,
 )
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_tokimg.diffusion.band import Band
-from ds_tokimg.diffusion.path import TimestepSampler, log_snr, timestep_of_log_snr
+from ds_tokimg.diffusion.path import Band, TimestepSampler, log_snr, timestep_of_log_snr
 from ds_tokimg.diffusion.schedule import BINS, PREFIXES, UNIFORM_SHARE, EntropicSchedule
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.objective import TrainingLoss

@@ -2,12 +2,14 @@
 
 import argparse
 import itertools
+import json
 import os
 import pickle
 import random
 import resource
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,18 @@ import pytest
 import torch
 
 from ds_tokimg.engine import checkpoint, elastic
-from ds_tokimg.engine.engine import ZeroStageEnum, fragment_address, read_engine_file
+from ds_tokimg.engine.engine import TrainEngine, ZeroStageEnum, fragment_address, read_engine_file
 from ds_tokimg.errors import TrainingError, UserError
-from tests.support.distributed import full_state, run_ranks, start_ranks, tiny_engine, train
+from ds_tokimg.settings import formats
+from tests.support.distributed import (
+    TinyModule,
+    engine_config,
+    full_state,
+    run_ranks,
+    start_ranks,
+    tiny_engine,
+    train,
+)
 
 TOPOLOGIES = list(itertools.product((0, 1, 2, 3), (1, 2, 4)))
 
@@ -88,6 +99,53 @@ def _assert_elastic(run, target):
     for key, value in final.items():
         torch.testing.assert_close(resumed_final[key], value, rtol=1e-4, atol=1e-6)
     assert not list(folder.glob("checkpoints/.unfinished*"))
+
+
+class RenamedModule(TinyModule):
+    """A TinyModule of a version that calls `net` what was `model`."""
+
+    model = property(lambda self: self.net)
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.net = self._modules.pop("model")
+
+
+def _resume_renamed(dist, output_dir, stage, more_steps):
+    """As `_resume`, by that version."""
+    formats.RENAMED_PARAMETERS = {1: {"model": "net"}}
+    engine = TrainEngine(RenamedModule(77), engine_config(stage, dist.world_size), 0.9, dist)
+    engine.load(checkpoint.find(output_dir, "latest", dist))
+    loaded = full_state(engine)
+    return [(r.loss, r.grad_norm, r.lr) for r in train(engine, more_steps)], loaded
+
+
+def _to_old_format(run_folder):
+    """A checkpoint's state as format 0 wrote it, with a manifest that knows."""
+    folder = checkpoint.find(run_folder)
+    path = folder / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state.pop("format") == formats.FORMAT
+    path.write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = path.read_bytes()
+    manifest["files"][path.name] = {"size": len(content), "crc32": zlib.crc32(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_parameters_with_new_names_find_their_weights_and_states(stage, trained, tmp_path, monkeypatch):
+    source, expected, saved, _ = trained((stage, 2))
+    shutil.copytree(source, tmp_path / "run")
+    _to_old_format(tmp_path / "run")
+    results, loaded = run_ranks(2, _resume_renamed, tmp_path / "run", stage, 3)[0]
+    _assert_equal({name.replace("model.", "net."): value for name, value in saved.items()}, loaded)
+    torch.testing.assert_close(torch.tensor(results), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    weights = checkpoint.load_weights(checkpoint.find(tmp_path / "run"), "trained", prefix="")
+    assert weights.keys() == {name.removesuffix("/fp32") for name in saved if name.endswith("/fp32")}
+    monkeypatch.setattr(formats, "RENAMED_PARAMETERS", {1: {"model": "net"}})
+    renamed = checkpoint.load_weights(checkpoint.find(tmp_path / "run"), "trained", prefix="net.")
+    assert renamed.keys() == {name.removeprefix("model.") for name in weights}
 
 
 @pytest.mark.parametrize(
@@ -416,11 +474,16 @@ def _load_universal_with_deepspeed(dist, folder, saved, stage):
     return True
 
 
+def _convert(source, folder):
+    saved = checkpoint.read_state(source)["engine"]
+    elastic.convert(source, saved, {name: name for name in saved["params"]}, folder, read_engine_file)
+
+
 @pytest.mark.parametrize(("stage", "target"), [(0, 1), (2, 3), (3, 2)])
 def test_deepspeed_reads_the_universal_form(stage, target, trained, tmp_path):
     folder, _, saved, _ = trained((stage, 2))
     source = checkpoint.find(folder)
-    elastic.convert(source, checkpoint.read_state(source)["engine"], tmp_path, read_engine_file)
+    _convert(source, tmp_path)
     assert run_ranks(2, _load_universal_with_deepspeed, tmp_path, saved, target) == [True, True]
 
 
@@ -430,7 +493,7 @@ def test_universal_form_is_that_of_deepspeeds_converter(stage, trained, tmp_path
 
     folder, *_ = trained((stage, 2))
     source = checkpoint.find(folder)
-    elastic.convert(source, checkpoint.read_state(source)["engine"], tmp_path / "ours", read_engine_file)
+    _convert(source, tmp_path / "ours")
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     ds_to_universal.main(
         argparse.Namespace(

@@ -291,7 +291,8 @@ def test_a_rank_that_is_lost_ends_the_others(stage, is_killed, reason):
 def test_plain_python_is_one_rank_and_quiet():
     """Nothing but the script's own line: no launcher's variables, no compiler, no chatter."""
     script = (
-        "from ds_tokimg.engine.engine import init_distributed;"
+        "from ds_tokimg.engine.startup import quiet\n"
+        "with quiet(): from ds_tokimg.engine.engine import init_distributed\n"
         "from tests.support.distributed import tiny_engine, train;"
         "d = init_distributed(); print(d.rank, d.world_size, train(tiny_engine(d, 1), 2)[1].step)"
     )

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_tokimg.model.kernels.fused import rotate
-from ds_tokimg.model.local_window import Neighbours, TokenMLP
+from ds_tokimg.model.layers import Neighbours, TokenMLP
 from ds_tokimg.tokens.codec import TokenCodec
 from tests.support.tiny import tiny_model
 

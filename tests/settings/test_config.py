@@ -53,14 +53,15 @@ def test_save_and_load(tmp_path):
 
 def test_load_names_all_that_is_wrong(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"data_path": "x", "epoch": 3, "packing": 1, "seed": True, "ema_decay": None}))
+    values = dataclasses.asdict(TrainConfig(data_path="x")) | {"epoch": 3, "packing": 1, "seed": True}
+    path.write_text(json.dumps(values | {"ema_decay": None}))
     with pytest.raises(UserError) as caught:
         TrainConfig.load(path)
     message = str(caught.value)
-    assert "unknown setting 'epoch'; did you mean 'epochs'?" in message
-    assert "--packing 1: expected true or false" in message
-    assert "--seed True: expected a whole number" in message
-    assert "--ema_decay None: expected a number" in message
+    assert "unknown key 'epoch'; did you mean 'epochs'?" in message
+    assert "packing is 1: expected true or false" in message
+    assert "seed is True: expected a whole number" in message
+    assert "ema_decay is None: expected a number" in message
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])

@@ -24,6 +24,12 @@ def test_the_learning_rate_is_that_of_the_recipe_and_halves_as_the_width_doubles
     assert decided("--model", "JiT-B/2")[0].lr == 1.5e-3
 
 
+def test_fine_tuning_takes_half_of_it():
+    config, words = decided("--init_from", "a run")
+    assert config.lr == 3e-3
+    assert words[0] == "lr 0.003 for JiT-XS/2 from trained weights"
+
+
 def test_the_train_batch_grows_with_the_square_root_of_the_corpus():
     sizes = [decided(images=images)[0].train_batch_size for images in (10, 2143, 16_000, 100_000, 10_000_000)]
     assert sizes == [4, 4, 8, 16, 64]

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from ds_tokimg.data.batch import Batch, Canvas
-from ds_tokimg.diffusion.band import bound_range
 from ds_tokimg.diffusion.levels import NoiseLevels
-from ds_tokimg.diffusion.path import log_snr
+from ds_tokimg.diffusion.path import bound_range, log_snr
 from ds_tokimg.diffusion.writing import Writing
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.bound import BoundOptions, Share, bits_per_token, decoding_nats, estimate_bound, prior_nats

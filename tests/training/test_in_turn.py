@@ -8,7 +8,7 @@ from torch import nn
 from ds_tokimg.diffusion.path import add_noise_to_timestep
 from ds_tokimg.inference.sampler import SamplingOptions, sample
 from ds_tokimg.model.context import Drawn, Patches, TeacherForced, WholeImage
-from ds_tokimg.model.local_window import InTurn, Neighbours
+from ds_tokimg.model.layers import InTurn, Neighbours
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.training.objective import TrainingLoss
 from tests.support.tiny import layout_of, maker_of, random_texts, tiny_model

@@ -179,6 +179,9 @@ class ChangedPrediction(Prediction):
         changed = self._change(slice(None), *[value.flatten(1, 2) for value in logits])
         return changed.view(logits[0].shape)
 
+    def likeliest(self) -> Tensor:
+        return self.logits.argmax(-1)
+
     @property
     def is_in_turn(self) -> bool:
         return all(other.is_in_turn for other in self._others)
