@@ -28,7 +28,7 @@ class TrainingError(RuntimeError):
     """The run itself failed (it is no mistake of the user's): one clear message, exit code 1."""
 
 
-def value_problems(values: dict, fields: dict[str, typing.Any], where: str = "") -> list[str]:
+def value_problems(values: dict[str, typing.Any], fields: dict[str, typing.Any], where: str = "") -> list[str]:
     """What is wrong with the keys of a JSON object and the types of its values, one sentence each.
 
     Args:
@@ -45,7 +45,7 @@ def value_problems(values: dict, fields: dict[str, typing.Any], where: str = "")
     return unknown + missing + wrong
 
 
-def has_type(value, annotation) -> bool:
+def has_type(value: typing.Any, annotation: typing.Any) -> bool:
     """Whether a value of a JSON file or a flag is of an annotation's type. A whole number is a number, true is none."""
     for member in alternatives(annotation):
         if typing.get_origin(member) is list:
@@ -61,7 +61,7 @@ def has_type(value, annotation) -> bool:
     return False
 
 
-def described(annotation) -> str:
+def described(annotation: typing.Any) -> str:
     """An annotation in a user's words: "a whole number or null"."""
     names = {
         int: "a whole number",
@@ -75,12 +75,12 @@ def described(annotation) -> str:
     return " or ".join(names.get(member, "a list of numbers") for member in alternatives(annotation))
 
 
-def alternatives(annotation) -> tuple:
+def alternatives(annotation: typing.Any) -> tuple[typing.Any, ...]:
     """The members of `int | None`, or the type itself."""
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
-def shortened(value) -> str:
+def shortened(value: typing.Any) -> str:
     """A value as it is shown in a message, at most a line long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def read(path: str | Path, kind: str) -> dict:
     return read_together({kind: path}).files[kind]
 
 
-def read_together(paths: dict[str, str | Path]) -> Written:
+def read_together(paths: Mapping[str, str | Path]) -> Written:
     """Files of one checkpoint or export, by kind: an upgrade may move a value from one to another.
 
     Raises one UserError with the file's name for a file that is missing, is not UTF-8, is not JSON, is not an object,
