@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ds_tokimg.errors import UserError
+from ds_tokimg.tokens import tokenizer as tokenizers_module
 from ds_tokimg.tokens.control import control_tokens, guarded, unguarded
 from ds_tokimg.tokens.tokenizer import (
     END_OF_TEXT,
@@ -148,6 +149,29 @@ def test_encode_keeps_texts_apart_across_batches(trained):
     ids, lengths = encode(trained, texts)
     assert ids.dtype == np.int32 and lengths.sum() == len(ids)
     assert [trained.decode(part) for part in split(ids, lengths)] == texts
+
+
+def _awkward_text(words: int) -> str:
+    rng = random.Random(1)
+    signs = ["  ", "\n\n", " . ", "…", " 1,234.50 ", "\t", "日本語", "</s>", "\u2028", " it's "]
+    return "".join(rng.choice(["the", " word", "was", " beginning", *signs]) for _ in range(words))
+
+
+@pytest.mark.parametrize("long", [300, 1000])
+def test_a_long_text_in_parts_has_the_ids_of_the_whole(trained, monkeypatch, long):
+    text = _awkward_text(4000)
+    for tokenizer in (trained, unigram("always"), unigram("first"), word_tokenizer(unk_token="?", eos_token="was")):
+        whole = encode(tokenizer, ["a", text, "b"])
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizers_module, "_LONG", long)
+            assert len(tokenizers_module._parts(tokenizer, text)) > len(text) / long / 3
+            for got, expected in zip(encode(tokenizer, ["a", text, "b"]), whole, strict=True):
+                assert np.array_equal(got, expected)
+
+
+def test_a_text_that_cannot_be_cut_stays_whole(trained, monkeypatch):
+    monkeypatch.setattr(tokenizers_module, "_LONG", 100)
+    assert tokenizers_module._parts(trained, "x" * 5000) == ["x" * 5000]
 
 
 def test_encode_of_nothing(trained):
