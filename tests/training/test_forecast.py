@@ -208,7 +208,7 @@ def test_mistakes(corpus, flags, message):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from ds_tokimg import plan; sys.exit('torch' in sys.modules)"
+    code = "import sys; from ds_tokimg.commands import plan; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
