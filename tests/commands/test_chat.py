@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -89,6 +90,7 @@ def test_in_a_real_terminal(end, answers):
         if isinstance(end, str):
             os.write(ours, end.encode())
         else:
+            time.sleep(1)  # Python overhears a signal between its invitation and its waiting for a line
             program.send_signal(end)
         assert program.wait(60) == 0
     finally:
