@@ -344,6 +344,8 @@ class TrainEngine:
         """DeepSpeed's own loading, for a checkpoint of this engine's layout."""
         # Its reader would run whatever code a file holds.
         self.engine.checkpoint_engine.load = lambda path, map_location=None: read_engine_file(Path(path))
+        # It would look for this one file with the folder's name as a pattern: in `run1` for a run in `run[1]`.
+        self.engine._get_all_ckpt_names = lambda root, tag: [self.engine._get_ckpt_name(root, tag)]
         loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:
             raise TrainingError(f"DeepSpeed could not load {folder}")
