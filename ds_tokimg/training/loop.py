@@ -40,7 +40,7 @@ class Run:
         self.schedule_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
         self.first_step = state.get("step", 0)
-        self.best = math.inf if state.get("best") is None else state["best"]
+        self.best, self.best_step = self._best_before(state)
         self.tracker = Tracker(config.output_dir, engine, self.first_step)
         # All ranks at once, as they compute.
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
@@ -50,6 +50,15 @@ class Run:
         self.schedule = parts.module.schedule
         if self.schedule is not None and state:
             self.schedule.load_state(state["schedule"])
+
+    def _best_before(self, state: dict) -> tuple[float, int | None]:
+        """The best validation before this launch, and its step. One whose checkpoint is gone (of a branch that the run
+        goes back to) counts no more: a new best is found."""
+        step, root = state.get("best_step"), Path(self.config.output_dir) / checkpoints.FOLDER
+        if state.get("best") is None:
+            return math.inf, None
+        kept = step is None or self.dist.broadcast((root / checkpoints.tag_of(step)).is_dir())
+        return (state["best"], step) if kept else (math.inf, None)
 
     def loop(self) -> None:
         loader = BatchLoader(
@@ -146,7 +155,7 @@ class Run:
         value = row.get("val_bits_per_token", math.inf)
         if not value < self.best:
             return False
-        self.best = value
+        self.best, self.best_step = value, self.engine.global_steps
         return True
 
     def save(self, epoch: int, improved: bool) -> None:
@@ -155,6 +164,7 @@ class Run:
             "consumed_samples": self.engine.global_steps * self.train_batch_size,
             "train_batch_size": self.train_batch_size,
             "best": self.best if math.isfinite(self.best) else None,
+            "best_step": self.best_step,
             "bits_per_token": self.bound.bits_per_token if self.bound else None,
             "schedule": self.schedule.state() if self.schedule else None,
         }
@@ -162,8 +172,13 @@ class Run:
             formats.MODEL: self.parts.module.model.description(),
             formats.TEXT: self.parts.text_format.description(),
         }
+        first = self.saved_step == self.first_step
         folder = checkpoints.save(
-            self.engine, self.config.output_dir, state, texts=texts, best=improved, keep=self.config.keep_checkpoints
+            *(self.engine, self.config.output_dir, state),
+            texts=texts,
+            best=improved,
+            keep=self.config.keep_checkpoints,
+            back_at=self.first_step if first else None,
         )
         self.saved_step = self.engine.global_steps
         self.log(f"saved {folder}" + (" (best)" if improved else ""))
