@@ -1,20 +1,19 @@
-"""Files and folders that are replaced in one go: whoever reads them, or is killed while writing, has the old or the new."""
+"""Files and folders that are replaced in one go: a process that is killed while it writes a file leaves the old one."""
 
 from __future__ import annotations
 
-import filecmp
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by one that holds `text` and a line's end, which is on the disk when this returns."""
+def write_text(path: str | Path, text: str, end: str = "\n") -> None:
+    """Replace a file by one that holds `text` and `end`, and is on the disk when this returns."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(text + end)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -22,16 +21,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Replace a folder of files by what `write` puts into an empty one. It is not touched where it holds the same."""
+    """Replace a folder of files by what `write` puts into an empty one. Killed in between, there may be none."""
     new = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir()
     write(new)
-    if folder.is_dir() and _same_files(folder, new):
-        shutil.rmtree(new)
-        return
     for path in new.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -50,10 +46,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _same_files(folder: Path, other: Path) -> bool:
-    names = sorted(path.name for path in folder.iterdir())
-    if names != sorted(path.name for path in other.iterdir()):
-        return False
-    return filecmp.cmpfiles(folder, other, names, shallow=False)[0] == names

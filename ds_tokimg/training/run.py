@@ -10,6 +10,7 @@ from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.files import write_folder
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.ranks import Dist
@@ -59,24 +60,32 @@ def find_resumed(config: TrainConfig, dist: Dist) -> Path | None:
 
 
 def check_output(config: TrainConfig, resumed: Path | None) -> None:
-    """A new run never writes into another's folder."""
+    """A run never writes into another's folder. What was killed before its first checkpoint was complete is no run."""
     folder = Path(config.output_dir)
-    if resumed is None and (folder / "checkpoints").is_dir():
+    if not has_checkpoint(folder):
+        return
+    if resumed is None:
         raise UserError(
             f"--output_dir {folder} already holds a run: go on with it (--resume latest) or choose another folder"
+        )
+    if resumed.resolve().parent != (folder / "checkpoints").resolve():
+        raise UserError(
+            f"--output_dir {folder} already holds a run, and {resumed} is not of it: leave --output_dir out to go on "
+            "where that checkpoint lies, or choose another folder"
         )
 
 
 def write_settings(config: TrainConfig, raw: dict, settings: dict, parts: Parts) -> None:
     """config.json, the engine's JSON as given and as resolved, and the tokenizer: what resuming, evaluation and
-    generation need."""
+    generation need. Each is replaced in one go: a run that is killed here is as it was."""
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.json")
         engine_json.save(raw, folder / GIVEN_JSON)
         engine_json.save(settings, folder / "ds_config.json")
-        parts.tokenizer.save_pretrained(folder / "tokenizer")
+        if not (has_checkpoint(folder) and (folder / "tokenizer").is_dir()):  # else it is the one that was loaded
+            write_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from ds_tokimg.settings.files import write_text
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.engine import TrainEngine
@@ -77,9 +78,7 @@ def _keep_rows(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(line + "\n" for line in kept), end="")
 
 
 def _step_of(line: str) -> float:

@@ -1,12 +1,16 @@
 """What a run survives: going back, kills, second trainers, signals. Each test does the harm."""
 
+import importlib
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from ds_tokimg.engine import checkpoint
-from tests.support.runs import small_flags, train_in_ranks, write_corpus
+from tests.support.distributed import start_ranks
+from tests.support.runs import _train, learned, metrics, small_flags, train_in_ranks, write_corpus
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,3 +66,63 @@ def test_going_back_loses_nothing_before_its_first_save(run, tmp_path):
     train_in_ranks(1, flags)  # not a step, not a save
     assert checkpoints(folder) == checkpoints(run)
     assert named(folder, "latest") == "step_00000006"
+
+
+def _train_until(dist, flags: list[str], module: str, function: str, call: int) -> None:
+    """A run that is killed where it would make the `call`-th call of a function."""
+    target, calls = importlib.import_module(module), iter(range(1, 1000))
+    real = getattr(target, function)
+
+    def killing(*args):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    setattr(target, function, killing)
+    _train(dist, flags)
+
+
+def kill_in(flags: list[str], module: str, function: str, call: int = 1) -> None:
+    (process,), _ = start_ranks(1, _train_until, flags, module, function, call)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]], ids=["start", "auto"])
+def test_killed_in_its_first_save_a_run_starts_again(resume, run, corpus, tmp_path):
+    every = ("--max_steps", 4, "--save_interval", 2, "--eval_interval", 2)
+    flags = small_flags(corpus, tmp_path / "run", *every)
+    kill_in(flags, "ds_tokimg.engine.checkpoint", "_publish")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [".unfinished_step_00000002"]
+    train_in_ranks(1, [*flags, *resume])
+    assert learned(metrics(tmp_path / "run")) == learned(metrics(run)[:4])
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("call, name", [(1, "config.json"), (2, "ds_config_given.json"), (3, "ds_config.json")])
+def test_killed_while_its_settings_are_replaced_a_run_is_as_it_was(call, name, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    flags = ["--resume", "latest", "--output_dir", str(folder), "--max_steps", "7"]
+    before = (folder / name).read_bytes()
+    kill_in(flags, "os", "replace", call)
+    assert (folder / f"{name}.tmp").is_file() and (folder / name).read_bytes() == before
+    train_in_ranks(1, flags)
+    assert [row["step"] for row in metrics(folder)] == list(range(1, 8))
+
+
+def test_the_tokenizer_of_a_resumed_run_is_not_touched(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in (folder / "tokenizer").iterdir()}
+    train_in_ranks(1, ["--resume", str(folder), "--max_steps", "7"])
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in (folder / "tokenizer").iterdir()} == before
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_into_a_run(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    flags = ["--resume", str(run / "checkpoints" / "step_00000004"), "--output_dir", str(folder), "--max_steps", "5"]
+    with pytest.raises(AssertionError, match=r"already holds a run, and .* is not of it"):
+        train_in_ranks(1, flags)
+    assert checkpoints(folder) == checkpoints(run)
