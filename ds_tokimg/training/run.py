@@ -11,6 +11,7 @@ from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.files import write_folder
+from ds_tokimg.training.lock import only_writer
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.ranks import Dist
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
-    """A whole run. Nothing is written before all settings, data and the model have been found to fit."""
+    """A whole run. Nothing is written before all settings, data and the model have been found to fit, and nothing where
+    another run is writing."""
+    config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
+    with only_writer(config.output_dir, dist):
+        _train(config, raw, dist)
+
+
+def _train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
     from ds_tokimg.training import automatic
     from ds_tokimg.training.assemble import assemble
     from ds_tokimg.training.loop import Run
 
-    config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
     resumed = find_resumed(config, dist)
     state = checkpoints.read_state(resumed) if resumed else {}
     train_batch_size = state.get("train_batch_size")

@@ -1,9 +1,15 @@
 """What a run survives: going back, kills, second trainers, signals. Each test does the harm."""
 
+import contextlib
 import importlib
+import json
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +132,75 @@ def test_a_checkpoint_of_another_run_is_not_resumed_into_a_run(run, tmp_path):
     with pytest.raises(AssertionError, match=r"already holds a run, and .* is not of it"):
         train_in_ranks(1, flags)
     assert checkpoints(folder) == checkpoints(run)
+
+
+@contextlib.contextmanager
+def running(flags: list[str], until: Path):
+    """A run in a process of its own, once it has written `until`; killed at the end."""
+    (process,), _ = start_ranks(1, _train, flags)
+    try:
+        deadline = time.monotonic() + 60
+        while not until.exists():
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("config.json", "ds_config.json", "run.lock")}
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_is_succeeded(corpus, tmp_path):
+    folder = tmp_path / "run"
+    flags = small_flags(corpus, folder, "--epochs", 50, "--max_steps", 2000, "--save_interval", 2)
+    with running(flags, folder / "checkpoints" / "latest") as first:
+        before = contents(folder)
+        others = (["--resume", "latest", "--output_dir", str(folder)], [*flags, "--resume", "auto", "--lr", "1"], flags)
+        for other in others:
+            with pytest.raises(
+                AssertionError, match=rf"is in use: process {first.pid} on \S+ has been writing .* since"
+            ):
+                train_in_ranks(1, other)
+        command = [sys.executable, "-m", "ds_tokimg", "train", *others[0]]
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert outcome.returncode == 2 and "is in use" in outcome.stderr and "Traceback" not in outcome.stderr
+        assert first.is_alive() and contents(folder) == before
+    assert (folder / "run.lock").is_file()
+    step = int(named(folder, "latest").removeprefix("step_"))
+    train_in_ranks(1, [*others[0], "--max_steps", str(step + 1)])
+    assert len(metrics(folder)) == step + 1
+    assert not (folder / "run.lock").exists()
+
+
+def test_of_two_that_start_at_once_one_runs(corpus, tmp_path):
+    flags = [small_flags(corpus, tmp_path / "run", "--lr", lr, "--max_steps", 30, "--epochs", 9) for lr in (1e-3, 2e-3)]
+    started = [start_ranks(1, _train, own) for own in flags]
+    outcomes = [pickle.loads(results.get(timeout=90))[2] for _, results in started]
+    for (process,), _ in started:
+        process.kill()
+        process.join()
+    (winner,) = (place for place in range(2) if outcomes[place] is None)
+    assert "is in use" in outcomes[1 - winner]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == (1e-3, 2e-3)[winner]
+    assert len(metrics(tmp_path / "run")) == 30
+
+
+def test_the_lock_of_another_host_is_reported_with_its_age(run):
+    lock = run / "run.lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "began": time.time() - 3 * 3600}))
+    try:
+        words = r"process 7 on elsewhere has been writing a run into it since 3 hours. .* rm '.*run\.lock'"
+        with pytest.raises(AssertionError, match=words):
+            train_in_ranks(1, ["--resume", "latest", "--output_dir", str(run)])
+        assert json.loads(lock.read_text())["host"] == "elsewhere"
+    finally:
+        lock.unlink()
+
+
+def test_a_start_that_is_refused_leaves_no_folder(corpus, tmp_path):
+    with pytest.raises(AssertionError, match="UserError"):
+        train_in_ranks(1, small_flags(corpus, tmp_path / "new" / "run", "--tokenizer_path", tmp_path / "none"))
+    assert not (tmp_path / "new").exists()
