@@ -6,6 +6,7 @@
         ema_0.9999.safetensors  averaged weights, named for their decay
         trainer_state.json      step, epoch, consumed samples, best value, ..., and the engine's layout
         rng.pt                  states of torch's, numpy's and Python's generators, per rank
+        validation.json         what a validation found after the checkpoint was saved: goes before trainer_state.json
         manifest.json           size and CRC-32 of each file; a folder without one is not a checkpoint
       latest, best              text files that hold a folder's name
       abandoned/                checkpoints of a branch that the run went back from
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = formats.TRAINER_STATE
+VALIDATION = "validation.json"
 RNG = "rng.pt"
 WEIGHTS = "model.safetensors"
 FOLDER = "checkpoints"
@@ -61,6 +63,7 @@ ENGINE_STATE = {
     **dict.fromkeys(("params", "zero"), dict),
     "ema_decay": float,
 }
+VALIDATION_STATE = {"best": float | None, "best_step": int | None, "bits_per_token": float | None}
 _UNFINISHED = ".unfinished_"  # folders being written, or replaced: never read
 _CHUNK = 16 * 2**20  # bytes read at once for a checksum
 
@@ -109,6 +112,25 @@ def save(
             dist.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
         dist.on_first_rank(lambda: _prune(root, keep))
     return root / tag
+
+
+def add_validation(output_dir: str | Path, step: int, figures: dict, best: bool) -> bool:
+    """Add to the checkpoint of a step what a validation of it found, after it was saved; False where there is none.
+
+    Args:
+        figures: values of the trainer's state, see VALIDATION_STATE.
+        best: also name the checkpoint in `best`.
+
+    On rank 0. A run that is killed in here validates again.
+    """
+    folder = Path(output_dir) / FOLDER / tag_of(step)
+    if not (folder / MANIFEST).is_file():
+        return False
+    with _writing(folder):
+        if best:
+            name_best(output_dir, step)
+        _write_json(folder / VALIDATION, figures)
+    return True
 
 
 def name_best(output_dir: str | Path, step: int) -> None:
@@ -161,7 +183,15 @@ def _read_state(checkpoint: Path) -> tuple[int, dict]:
     own = {key: state[key] for key in ("step", "engine") if key in state}
     formats.refuse(path, value_problems(own, {"step": int, "engine": dict}))
     formats.refuse(path, value_problems(state["engine"], ENGINE_STATE, "engine."))
-    return written.format, state
+    return written.format, state | _later_validation(checkpoint / VALIDATION)
+
+
+def _later_validation(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    figures = formats.read_object(path)
+    formats.refuse(path, value_problems(figures, VALIDATION_STATE))
+    return {**figures, "validation_due": False}
 
 
 def load_weights(checkpoint: str | Path, which: str = "ema", prefix: str = "model.") -> dict[str, Tensor]:

@@ -294,6 +294,10 @@ class TrainEngine:
         count, stop = self.dist.sum_ints([local_count, int(self.stop_requested)])
         return count, stop > 0
 
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: the same on every rank. Collective."""
+        return self.dist.sum_ints([int(self.stop_requested)])[0] > 0
+
     @torch.no_grad()
     def _check_gradients(self) -> None:
         """Stage 0: norm, clipping, and no step on gradients that are not finite. ZeRO does all of this by itself.

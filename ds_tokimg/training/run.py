@@ -50,8 +50,9 @@ def _train(config: TrainConfig, raw: dict, dist: Dist) -> None:
         state = checkpoints.load(engine, resumed)
     run = Run(config, settings, parts, engine, state)
     run.introduce(decided, notes, resumed)
-    run.loop()
-    run.finish()
+    with run.signals:
+        run.loop()
+        run.finish()
 
 
 def find_resumed(config: TrainConfig, dist: Dist) -> Path | None:

@@ -52,6 +52,24 @@ class Tracker:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._show(row)
+
+    def complete(self, step: int, more: dict) -> None:
+        """Add what was measured later to the last row, if that is of this step; else a row of its own."""
+        if not self.active:
+            return
+        self.path.touch()
+        with open(self.path, "r+b") as file:
+            rows = file.read()
+            start = rows.rfind(b"\n", 0, len(rows) - 1) + 1
+            row = json.loads(rows[start:]) if rows else {}
+            if row.get("step") != step:
+                row, start = {"step": step}, len(rows)
+            file.seek(start)
+            file.write(json.dumps(row | _finite(more), allow_nan=False).encode() + b"\n")
+        self._show({"step": step, **more})
+
+    def _show(self, row: dict) -> None:
         events = [(name, value, row["step"]) for name, value in _scalars(row)]
         self.monitor.write_events(events)
 

@@ -1,10 +1,11 @@
 """What a run survives: going back, kills, second trainers, signals. Each test does the harm."""
 
 import contextlib
-import importlib
+import itertools
 import json
 import os
 import pickle
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from ds_tokimg.engine import checkpoint
-from tests.support.distributed import start_ranks
+from ds_tokimg.training import signals
+from tests.support.distributed import run_ranks, start_ranks
 from tests.support.runs import _train, learned, metrics, small_flags, train_in_ranks, write_corpus
 
 
@@ -74,22 +76,23 @@ def test_going_back_loses_nothing_before_its_first_save(run, tmp_path):
     assert named(folder, "latest") == "step_00000006"
 
 
-def _train_until(dist, flags: list[str], module: str, function: str, call: int) -> None:
-    """A run that is killed where it would make the `call`-th call of a function."""
-    target, calls = importlib.import_module(module), iter(range(1, 1000))
+def _train_until(dist, flags: list[str], where: str, function: str, sent: dict[int, list[int]], rank: int) -> str:
+    """A run in which a rank sends itself signals where it would make some calls of a function: {call: signals}."""
+    target, calls = pkgutil.resolve_name(where), itertools.count(1)
     real = getattr(target, function)
 
-    def killing(*args):
-        if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args)
+    def harmed(*args, **options):
+        for number in sent.get(next(calls), ()):
+            os.kill(os.getpid(), number)
+        return real(*args, **options)
 
-    setattr(target, function, killing)
-    _train(dist, flags)
+    if dist.rank == rank:
+        setattr(target, function, harmed)
+    return _train(dist, flags)
 
 
-def kill_in(flags: list[str], module: str, function: str, call: int = 1) -> None:
-    (process,), _ = start_ranks(1, _train_until, flags, module, function, call)
+def kill_in(flags: list[str], where: str, function: str, call: int = 1) -> None:
+    (process,), _ = start_ranks(1, _train_until, flags, where, function, {call: [signal.SIGKILL]}, 0)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
 
@@ -204,3 +207,76 @@ def test_a_start_that_is_refused_leaves_no_folder(corpus, tmp_path):
     with pytest.raises(AssertionError, match="UserError"):
         train_in_ranks(1, small_flags(corpus, tmp_path / "new" / "run", "--tokenizer_path", tmp_path / "none"))
     assert not (tmp_path / "new").exists()
+
+
+ENGINE = "ds_tokimg.engine.engine:TrainEngine"
+VALIDATING = {3: [signal.SIGTERM]}  # the first call of asked_to_stop is after the save, the others are between batches
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
+def test_a_signal_during_a_validation_costs_nothing(number, run, corpus, tmp_path):
+    """What was due is saved first, and the validation is done when the run goes on: it is the uninterrupted one."""
+    folder = tmp_path / "run"
+    flags = small_flags(corpus, folder, "--max_steps", 6, "--save_interval", 2, "--eval_interval", 2)
+    if number == signal.SIGKILL:
+        kill_in(flags, ENGINE, "asked_to_stop", 3)
+    else:
+        printed = run_ranks(1, _train_until, flags, ENGINE, "asked_to_stop", {3: [number]}, 0)[0]
+        assert "the validation is given up" in printed and "stopped by a signal at step 2" in printed
+        assert "train --resume latest" in printed.split("stopped by")[1]
+        assert not (folder / "run.lock").exists()
+    assert checkpoints(folder) == ["step_00000002"] and "val_loss" not in metrics(folder)[1]
+    train_in_ranks(1, ["--resume", "latest", "--output_dir", str(folder), "--max_steps", "6"])
+    assert learned(metrics(folder)) == learned(metrics(run))
+    assert named(folder, "best") == named(run, "best")
+    for tag in checkpoints(run):
+        states = [checkpoint.read_state(place / "checkpoints" / tag) for place in (folder, run)]
+        assert all(states[0][key] == states[1][key] for key in ("best", "best_step", "bits_per_token"))
+
+
+def test_all_ranks_leave_a_validation_when_one_is_asked_and_save_what_was_not_due(corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", "--save_interval", 4, "--eval_interval", 1)
+    printed = run_ranks(2, _train_until, flags, ENGINE, "asked_to_stop", VALIDATING, 1)[0]
+    assert "stopped by a signal at step 1" in printed
+    assert checkpoints(tmp_path / "run") == ["step_00000001"]
+    assert "val_loss" in _resumed_rows(tmp_path / "run")[0]
+
+
+def _resumed_rows(folder: Path) -> list[dict]:
+    train_in_ranks(1, ["--resume", str(folder), "--max_steps", "2"])
+    return metrics(folder)
+
+
+def test_a_signal_during_a_save_ends_the_run_after_it(corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", "--save_interval", 2)
+    where = ("ds_tokimg.engine.checkpoint", "_publish")
+    printed = run_ranks(1, _train_until, flags, *where, {1: [signal.SIGTERM]}, 0)[0]
+    assert "stopped by a signal at step 2" in printed and checkpoints(tmp_path / "run") == ["step_00000002"]
+
+
+def test_a_signal_during_the_final_samples_is_a_clean_end(corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", "--max_steps", 2, "--num_samples", 1)
+    where = ("ds_tokimg.training.loop", "generate")
+    printed = run_ranks(1, _train_until, flags, *where, {1: [signal.SIGINT]}, 0)[0]
+    assert "no more samples: the run is complete, and saved" in printed and "resume:" in printed
+    assert named(tmp_path / "run", "latest") == "step_00000002"
+
+
+def _train_with_impatience(dist, flags: list[str]) -> str:
+    signals.SAME_REQUEST_SECONDS = 0.0
+    return _train_until(dist, flags, ENGINE, "asked_to_stop", {3: [signal.SIGTERM, signal.SIGTERM]}, 0)
+
+
+def test_a_second_signal_ends_the_run_at_once(corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", "--save_interval", 2, "--eval_interval", 2)
+    (process,), _ = start_ranks(1, _train_with_impatience, flags)
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM
+    assert named(tmp_path / "run", "latest") == "step_00000002"
+
+
+def test_one_request_that_arrives_twice_is_one(corpus, tmp_path):
+    """A terminal signals every process, and launchers pass it on to their ranks."""
+    flags = small_flags(corpus, tmp_path / "run", "--save_interval", 2, "--eval_interval", 2)
+    twice = {3: [signal.SIGINT, signal.SIGTERM]}
+    assert "stopped by a signal" in run_ranks(1, _train_until, flags, ENGINE, "asked_to_stop", twice, 0)[0]
