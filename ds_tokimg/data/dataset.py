@@ -7,7 +7,7 @@ stretches begin. Nothing is read before it is asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,7 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        data_path: str | Path,
+        data_path: str | Path | Sequence[str | Path],
         tokenizer: Tokenizer,
         img_size: int = 64,
         use_chat_template: bool = False,

@@ -32,6 +32,7 @@ def masked_loss(clean_pred: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
 
 
 def shape_of(batch: Batch) -> BatchShape:
+    """What decides the operations that a batch costs."""
     samples, patches, _ = batch.ids.shape
     prompt = None if batch.prompt is None else batch.prompt.ids.shape[1]
     levels = patches if batch.t.dim() == 2 else 1

@@ -68,6 +68,8 @@ def test_a_run_on_weighted_paths_resumes_exactly_and_says_what_it_left_out(paths
     assert "2 bad record(s)" in out
     held_out = int(out.split("images")[0].split()[-1])
     assert 0 < held_out < 30  # the held-out texts of the same data, read in the same way
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "cut"), "--data_path", paths[0]]) == 0
+    assert 0 < int(capsys.readouterr().out.split("images")[0].split()[-1]) < held_out
 
 
 def test_plan_says_what_is_left_out(paths, capsys):
