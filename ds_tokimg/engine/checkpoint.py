@@ -6,8 +6,10 @@
         ema_0.9999.safetensors  averaged weights, named for their decay
         trainer_state.json      step, epoch, consumed samples, best value, ..., and the engine's layout
         rng.pt                  states of torch's, numpy's and Python's generators, per rank
+        validation.json         what a validation found after the checkpoint was saved: goes before trainer_state.json
         manifest.json           size and CRC-32 of each file; a folder without one is not a checkpoint
       latest, best              text files that hold a folder's name
+      abandoned/                checkpoints of a branch that the run went back from
 
 A checkpoint is written to a hidden folder, checksummed, renamed, and only then named in `latest`: a rank that is killed
 at any moment leaves the earlier checkpoints as they were. This module does not import deepspeed.
@@ -38,6 +40,7 @@ from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import FP32
 from ds_tokimg.errors import TrainingError, UserError, value_problems
 from ds_tokimg.settings import formats
+from ds_tokimg.settings.files import sync_folder, write_text
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.engine import TrainEngine
@@ -47,9 +50,11 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = formats.TRAINER_STATE
+VALIDATION = "validation.json"
 RNG = "rng.pt"
 WEIGHTS = "model.safetensors"
 FOLDER = "checkpoints"
+ABANDONED = "abandoned"
 # What a reader of the engine's files must know, see `_engine_state`.
 ENGINE_STATE = {
     **dict.fromkeys(("stage", "partitions", "world_size", "updates"), int),
@@ -58,6 +63,7 @@ ENGINE_STATE = {
     **dict.fromkeys(("params", "zero"), dict),
     "ema_decay": float,
 }
+VALIDATION_STATE = {"best": float | None, "best_step": int | None, "bits_per_token": float | None}
 _UNFINISHED = ".unfinished_"  # folders being written, or replaced: never read
 _CHUNK = 16 * 2**20  # bytes read at once for a checksum
 
@@ -75,6 +81,7 @@ def save(
     texts: dict[str, str] | None = None,
     best: bool = False,
     keep: int = 3,
+    back_at: int | None = None,
 ) -> Path:
     """Write a checkpoint of the whole run. Collective.
 
@@ -82,7 +89,10 @@ def save(
         state: the trainer's own state, JSON values (epoch, consumed samples, best value, settings, ...). The
             optimiser step and the engine's layout are added.
         texts: further files, by name.
+            `best_step`, where it is given, is the step of the best checkpoint so far.
         best: also name it in `best`. keep: newest checkpoints to keep; those named in `latest` and `best` stay anyway.
+        back_at: the step that the run has gone on from, in its first save: later checkpoints in the folder are of a
+            branch that it left, and are set aside once this one is complete.
 
     Returns the checkpoint's folder. Raises TrainingError when it cannot be written (disk full, no permission), which
     leaves the earlier checkpoints as they were.
@@ -97,8 +107,37 @@ def save(
         state = {"format": formats.FORMAT, **state, "step": engine.global_steps, "engine": _engine_state(engine)}
         dist.on_first_rank(lambda: _save_state(folder, state, generators, texts or {}))
         checksums = dist.gather(_checksums(folder, dist.rank, dist.world_size))
-        dist.on_first_rank(lambda: _finish(folder, root / tag, checksums, best, keep))
+        dist.on_first_rank(lambda: _finish(folder, root / tag, checksums, best))
+        if back_at is not None:
+            dist.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
+        dist.on_first_rank(lambda: _prune(root, keep))
     return root / tag
+
+
+def add_validation(output_dir: str | Path, step: int, figures: dict, best: bool) -> bool:
+    """Add to the checkpoint of a step what a validation of it found, after it was saved; False where there is none.
+
+    Args:
+        figures: values of the trainer's state, see VALIDATION_STATE.
+        best: also name the checkpoint in `best`.
+
+    On rank 0. A run that is killed in here validates again.
+    """
+    folder = Path(output_dir) / FOLDER / tag_of(step)
+    if not (folder / MANIFEST).is_file():
+        return False
+    with _writing(folder):
+        if best:
+            name_best(output_dir, step)
+        _write_json(folder / VALIDATION, figures)
+    return True
+
+
+def name_best(output_dir: str | Path, step: int) -> None:
+    """Name the checkpoint of a step in `best`, where there is one. On rank 0."""
+    root = Path(output_dir) / FOLDER
+    if (root / tag_of(step) / MANIFEST).is_file():
+        write_text(root / "best", tag_of(step))
 
 
 def load(engine: TrainEngine, checkpoint: str | Path, work_dir: str | Path | None = None) -> dict:
@@ -144,7 +183,15 @@ def _read_state(checkpoint: Path) -> tuple[int, dict]:
     own = {key: state[key] for key in ("step", "engine") if key in state}
     formats.refuse(path, value_problems(own, {"step": int, "engine": dict}))
     formats.refuse(path, value_problems(state["engine"], ENGINE_STATE, "engine."))
-    return written.format, state
+    return written.format, state | _later_validation(checkpoint / VALIDATION)
+
+
+def _later_validation(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    figures = formats.read_object(path)
+    formats.refuse(path, value_problems(figures, VALIDATION_STATE))
+    return {**figures, "validation_due": False}
 
 
 def load_weights(checkpoint: str | Path, which: str = "ema", prefix: str = "model.") -> dict[str, Tensor]:
@@ -221,8 +268,9 @@ def _find(output_dir: Path, which: str) -> Path:
             raise UserError(f"cannot resume from {which!r}: {problem}")
         return folder
     root = output_dir / FOLDER
-    tags = sorted((path.parent.name for path in root.glob(f"step_*/{MANIFEST}")), reverse=True)
-    named = _pointer(root, which)
+    tags, named, newest = _tags(root)[::-1], _pointer(root, which), _pointer(root, "latest")
+    if newest is not None:  # what is later may belong to a branch that the run has left: the last resort
+        tags.sort(key=lambda tag: tag > newest)
     if not tags and named is None:
         raise UserError(f"no checkpoint in {root}: check --output_dir, or start a new run without --resume")
     for tag in dict.fromkeys([named, *tags] if named else tags):
@@ -261,18 +309,37 @@ def _start(folder: Path) -> None:
 def _save_state(folder: Path, state: dict, generators: list, texts: dict[str, str]) -> None:
     torch.save(generators, folder / RNG)
     for name, text in texts.items():
-        _write_text(folder / name, text)
+        write_text(folder / name, text)
     _write_json(folder / TRAINER_STATE, state)
 
 
-def _finish(folder: Path, target: Path, checksums: list[dict], best: bool, keep: int) -> None:
+def _finish(folder: Path, target: Path, checksums: list[dict], best: bool) -> None:
     """Manifest, name, pointers: from here on it is a checkpoint."""
     files = {name: entry for part in checksums for name, entry in part.items()}
     _write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
     _publish(folder, target)
     for pointer in ("latest", "best") if best else ("latest",):
-        _write_text(target.parent / pointer, target.name)
-    _prune(target.parent, keep)
+        write_text(target.parent / pointer, target.name)
+
+
+def _set_aside(root: Path, saved: str, back_at: int, best_step: int | None) -> None:
+    """Checkpoints later than step `back_at`, but for the one just saved, are found no more; nor is a best one among
+    them, in place of which the best before it is named."""
+    left = [tag for tag in _tags(root) if tag > tag_of(back_at) and tag != saved]
+    best = _pointer(root, "best")
+    if best is not None and best > tag_of(back_at) and (best_step is None or best != tag_of(best_step)):
+        (root / "best").unlink()
+        if best_step is not None:
+            name_best(root.parent, best_step)
+    if not left:
+        return
+    aside = root / ABANDONED
+    aside.mkdir(exist_ok=True)
+    for tag in left:
+        shutil.rmtree(aside / tag, ignore_errors=True)
+        os.rename(root / tag, aside / tag)
+    sync_folder(root)
+    logger.info("gone back to step %d: set aside in %s: %s", back_at, aside, ", ".join(left))
 
 
 def _save_weights(engine: TrainEngine, folder: Path) -> None:
@@ -320,11 +387,16 @@ def _publish(folder: Path, target: Path) -> None:
         shutil.rmtree(replaced)
     else:
         os.rename(folder, target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
+
+
+def _tags(root: Path) -> list[str]:
+    """Names of the finished checkpoints, in the order of their steps."""
+    return sorted(path.parent.name for path in root.glob(f"step_*/{MANIFEST}"))
 
 
 def _prune(root: Path, keep: int) -> None:
-    tags = sorted(path.parent.name for path in root.glob(f"step_*/{MANIFEST}"))
+    tags = _tags(root)
     named = {_pointer(root, "latest"), _pointer(root, "best")}
     for tag in tags[:-keep]:
         if tag not in named:
@@ -332,26 +404,7 @@ def _prune(root: Path, keep: int) -> None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    _write_text(path, json.dumps(value, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file in one go: readers see the old or the new text."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_text(path, json.dumps(value, indent=1))
 
 
 def _generator_states() -> dict:

@@ -294,6 +294,10 @@ class TrainEngine:
         count, stop = self.dist.sum_ints([local_count, int(self.stop_requested)])
         return count, stop > 0
 
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: the same on every rank. Collective."""
+        return self.dist.sum_ints([int(self.stop_requested)])[0] > 0
+
     @torch.no_grad()
     def _check_gradients(self) -> None:
         """Stage 0: norm, clipping, and no step on gradients that are not finite. ZeRO does all of this by itself.
@@ -344,6 +348,8 @@ class TrainEngine:
         """DeepSpeed's own loading, for a checkpoint of this engine's layout."""
         # Its reader would run whatever code a file holds.
         self.engine.checkpoint_engine.load = lambda path, map_location=None: read_engine_file(Path(path))
+        # It would look for this one file with the folder's name as a pattern: in `run1` for a run in `run[1]`.
+        self.engine._get_all_ckpt_names = lambda root, tag: [self.engine._get_ckpt_name(root, tag)]
         loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:
             raise TrainingError(f"DeepSpeed could not load {folder}")

@@ -141,7 +141,7 @@ def run_folder(resume: str, output_dir: str) -> Path | None:
 
 def has_checkpoint(folder: str | Path) -> bool:
     """Whether --resume auto goes on with the run in this folder."""
-    return any(Path(folder).glob("checkpoints/step_*"))
+    return any(Path(folder).glob("checkpoints/step_*/manifest.json"))
 
 
 def saved_settings(given: dict) -> dict:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ds_tokimg import choices
 from ds_tokimg.errors import UserError, raise_problems, value_problems
 from ds_tokimg.settings import formats
+from ds_tokimg.settings.files import write_text
 from ds_tokimg.settings.setting import (
     CLIPPING,
     COUNT,
@@ -242,7 +243,7 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
     def save(self, path: str | Path) -> None:
         """Write all settings as JSON."""
         values = {"format": formats.FORMAT, **dataclasses.asdict(self)}
-        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(values, indent=2))
 
     @classmethod
     def load(cls, path: str | Path) -> "TrainConfig":

@@ -29,6 +29,7 @@ from ds_tokimg.settings.engine_schema import (
     lookup,
     offload_device,
 )
+from ds_tokimg.settings.files import write_text
 
 # In a checkout a link to the file in the repository's root, which users edit; installed, a copy of it.
 SHIPPED = Path(__file__).with_name("ds_config.json")
@@ -80,7 +81,7 @@ def read(path: str | Path) -> dict:
 
 def save(resolved: dict, path: str | Path) -> None:
     """Write a resolved JSON."""
-    Path(path).write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(resolved, indent=2))
 
 
 def _unique(pairs: list[tuple]) -> dict:

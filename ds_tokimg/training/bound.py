@@ -93,12 +93,20 @@ class BoundOptions:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the texts this rank computes: they are dealt over the ranks. all_reduce: sums a float64 tensor over
-    them."""
+    """Which of the texts this rank computes: they are dealt over the ranks.
+
+    all_reduce: sums a float64 tensor over them.
+    stopped: whether to give up, asked before each forward; the same answer on every rank.
+    """
 
     rank: int = 0
     world_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = lambda value: value
+    stopped: Callable[[], bool] = lambda: False
+
+
+class Stopped(Exception):
+    """A bound was given up because `Share.stopped` said so, on all ranks."""
 
 
 DEFAULT_OPTIONS, WHOLE = BoundOptions(), Share()
@@ -124,7 +132,7 @@ def estimate_bound(
             the end or to the level `NoiseLevels.drawn_at`, where tokens are drawn in turn; or in one step, which is an
             upper bound for any model with a posterior, and tight where the step is exact.
 
-    All ranks return the same Bound. Raises ValueError for a data set without texts.
+    All ranks return the same Bound. Raises ValueError for a data set without texts, and Stopped when asked to give up.
     """
     if not len(dataset):
         raise ValueError("there are no validation texts to bound")
@@ -134,6 +142,8 @@ def estimate_bound(
 
     @torch.no_grad()
     def measure(batch: Batch) -> dict[str, Tensor]:
+        if share.stopped():
+            raise Stopped
         result = forward(batch.to(options.device))
         return {name: value.double().cpu() for name, value in result.items()}  # sums per patch [B, N]
 

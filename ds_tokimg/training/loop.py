@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import Parts
-from ds_tokimg.training.bound import Bound, BoundOptions, Share, bound_of
+from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
 from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
+from ds_tokimg.training.signals import Interrupted, StopSignals
 from ds_tokimg.training.tracking import Tracker
 
 
@@ -40,16 +40,28 @@ class Run:
         self.schedule_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
         self.first_step = state.get("step", 0)
-        self.best = math.inf if state.get("best") is None else state["best"]
+        self.best, self.best_step = self._best_before(state)
         self.tracker = Tracker(config.output_dir, engine, self.first_step)
         # All ranks at once, as they compute.
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
         self.speed = Speedometer()
         self.bound: Bound | None = None
         self.saved_step = self.first_step
+        self.epoch = state.get("epoch", 0)
+        self.validation_due = state.get("validation_due", False)  # at the step of the checkpoint
+        self.signals, self.stopped = StopSignals(engine), False
         self.schedule = parts.module.schedule
         if self.schedule is not None and state:
             self.schedule.load_state(state["schedule"])
+
+    def _best_before(self, state: dict) -> tuple[float, int | None]:
+        """The best validation before this launch, and its step. One whose checkpoint is gone (of a branch that the run
+        goes back to) counts no more: a new best is found."""
+        step, root = state.get("best_step"), Path(self.config.output_dir) / checkpoints.FOLDER
+        if state.get("best") is None:
+            return math.inf, None
+        kept = step is None or self.dist.broadcast((root / checkpoints.tag_of(step)).is_dir())
+        return (state["best"], step) if kept else (math.inf, None)
 
     def loop(self) -> None:
         loader = BatchLoader(
@@ -60,16 +72,19 @@ class Run:
             num_workers=self.config.num_workers,
             pin_memory=self.dist.device.type != "cpu",
         )
-        with stop_on_signals(self.engine), profiled(self.config.profile, self.config.output_dir, self.dist) as tick:
-            for loaded in loader.batches(self.first_step, self.last_step):
-                if self.step(loaded):
-                    self.log(f"stopped by a signal at step {self.engine.global_steps}")
+        with profiled(self.config.profile, self.config.output_dir, self.dist) as tick:
+            self.stopped = self.validation_due and not self._validate_now()  # what an earlier launch gave up
+            for loaded in () if self.stopped else loader.batches(self.first_step, self.last_step):
+                self.stopped = self.step(loaded)
+                if self.stopped:
                     break
                 tick()
+        if self.stopped:
+            self.log(f"stopped by a signal at step {self.engine.global_steps}")
 
     def step(self, loaded) -> bool:
         """One optimiser step and what is due after it; True when the run is asked to end."""
-        number = self.engine.global_steps + 1
+        number, self.epoch = self.engine.global_steps + 1, loaded.epoch
         is_due = self._due(number)
         # 1. forward, backward, update
         self.parts.module.measure_bound = "log" in is_due
@@ -77,19 +92,20 @@ class Run:
         if self.schedule is not None and not result.skipped:
             self.schedule.update(result.sums)
         self.speed.add(result, loaded.wait_seconds)
-        # 2. measure, keep, log
-        row = self._metrics(result, loaded.epoch) if is_due & {"log", "eval"} else None
-        if "eval" in is_due:
-            row |= self.validate()
-        if row is not None:
+        # 2. log, keep, measure: a validation may take long, and what was trained is safe before it
+        if is_due & {"log", "eval"}:
+            row = self._metrics(result, loaded.epoch)
             self.tracker.log(row)
             self._print(row, number)
-        improved = "eval" in is_due and self._improved(row)
-        if is_due & {"save"} or improved or result.stop:
-            self.save(loaded.epoch, improved)
+        self.validation_due, stop = "eval" in is_due and len(self.parts.eval_set) > 0, result.stop
+        if "save" in is_due or stop:
+            self.save()
+            stop = stop or self.engine.asked_to_stop()
+        if self.validation_due and not stop:
+            stop = not self._validate_now()
         if is_due & {"save", "eval"}:
             self.speed.restart()
-        return result.stop
+        return stop
 
     def _due(self, step: int) -> set[str]:
         last = step == self.last_step
@@ -122,19 +138,49 @@ class Run:
             row["bits_per_token"] = sums["bound_nats"] / (math.log(2) * sums["bound_tokens"])
         return row
 
+    def _validate_now(self) -> bool:
+        """The validation that is due, and what follows from it. False when a signal ended it: then the step is saved,
+        and the validation is the first thing that the run does when it goes on."""
+        step = self.engine.global_steps
+        try:
+            figures = self.validate()
+        except Stopped:
+            self.log("the validation is given up; it is done when the run goes on")
+            if self.saved_step != step:
+                self.save()
+            return False
+        self.validation_due = False
+        if figures:
+            self.tracker.complete(step, figures)
+            self._print_validation(figures)
+            self._keep_validation(step, self._improved(figures))
+        return True
+
+    def _keep_validation(self, step: int, improved: bool) -> None:
+        """A checkpoint of this step learns what it is worth; the best one is saved if it is not yet."""
+        saved = self.saved_step == step and self.dist.on_first_rank(
+            lambda: checkpoints.add_validation(self.config.output_dir, step, self._validation_state(), improved)
+        )
+        if improved and saved:
+            self.log(f"{checkpoints.tag_of(step)} is the best so far")
+        elif improved:
+            self.save(improved)
+
     def validate(self) -> dict:
-        """The bound of the averaged weights on the held-out texts; all ranks share the work."""
+        """The bound of the averaged weights on the held-out texts; all ranks share the work. Stopped on a signal."""
         if not len(self.parts.eval_set):
             return {}
         parts, engine = self.parts, self.engine.engine
+        options = BoundOptions(device=self.dist.device)
+        share = Share(self.dist.rank, self.dist.world_size, self.dist.sum_tensor, self.engine.asked_to_stop)
         engine.eval()
-        with self.engine.averaged_weights():
-            options = BoundOptions(device=self.dist.device)
-            share = Share(self.dist.rank, self.dist.world_size, self.dist.sum_tensor)
-            self.bound = bound_of(
-                parts.module, parts.text_format, parts.eval_set, forward=engine, options=options, share=share
-            )
-        engine.train()
+        try:
+            with self.engine.averaged_weights():
+                self.bound = bound_of(
+                    parts.module, parts.text_format, parts.eval_set, forward=engine, options=options, share=share
+                )
+        finally:
+            engine.train()
         return {
             "val_loss": self.bound.loss,
             "val_bits_per_token": self.bound.bits_per_token,
@@ -146,24 +192,37 @@ class Run:
         value = row.get("val_bits_per_token", math.inf)
         if not value < self.best:
             return False
-        self.best = value
+        self.best, self.best_step = value, self.engine.global_steps
         return True
 
-    def save(self, epoch: int, improved: bool) -> None:
+    def _validation_state(self) -> dict:
+        return {
+            "best": self.best if math.isfinite(self.best) else None,
+            "best_step": self.best_step,
+            "bits_per_token": self.bound.bits_per_token if self.bound else None,
+        }
+
+    def save(self, improved: bool = False) -> None:
+        """A checkpoint of this step, the best so far where the validation has `improved`. Collective."""
         state = {
-            "epoch": epoch,
+            "epoch": self.epoch,
             "consumed_samples": self.engine.global_steps * self.train_batch_size,
             "train_batch_size": self.train_batch_size,
-            "best": self.best if math.isfinite(self.best) else None,
-            "bits_per_token": self.bound.bits_per_token if self.bound else None,
+            **self._validation_state(),
+            "validation_due": self.validation_due,
             "schedule": self.schedule.state() if self.schedule else None,
         }
         texts = {
             formats.MODEL: self.parts.module.model.description(),
             formats.TEXT: self.parts.text_format.description(),
         }
+        first = self.saved_step == self.first_step
         folder = checkpoints.save(
-            self.engine, self.config.output_dir, state, texts=texts, best=improved, keep=self.config.keep_checkpoints
+            *(self.engine, self.config.output_dir, state),
+            texts=texts,
+            best=improved,
+            keep=self.config.keep_checkpoints,
+            back_at=self.first_step if first else None,
         )
         self.saved_step = self.engine.global_steps
         self.log(f"saved {folder}" + (" (best)" if improved else ""))
@@ -210,16 +269,22 @@ class Run:
             f"{left} left",
         ]
         self.log("  ".join(words))
-        if "val_loss" in row:
-            self.log(
-                f"validation: loss {row['val_loss']:.4f}  bits/token {row['val_bits_per_token']:.4f}  "
-                f"bits/byte {row['val_bits_per_byte']:.4f}"
-            )
+
+    def _print_validation(self, figures: dict) -> None:
+        self.log(
+            f"validation: loss {figures['val_loss']:.4f}  bits/token {figures['val_bits_per_token']:.4f}  "
+            f"bits/byte {figures['val_bits_per_byte']:.4f}"
+        )
 
     def finish(self) -> None:
         """Shows what the run can do, and the commands to go on with it."""
-        if self.dist.rank == 0 and self.config.num_samples and self.engine.global_steps >= self.last_step:
-            self._show_samples()
+        finished = self.engine.global_steps >= self.last_step and not self.engine.stop_requested
+        if self.dist.rank == 0 and self.config.num_samples and finished:
+            try:
+                with self.signals.interrupting():
+                    self._show_samples()
+            except Interrupted:
+                self.log("no more samples: the run is complete, and saved")
         self.tracker.close()
         self.dist.barrier()
         if self.bound is not None:
@@ -302,18 +367,3 @@ class Speedometer:
         seconds = round(steps * self.all_seconds / max(1, self.all_steps))
         hours, minutes = seconds // 3600, seconds // 60 % 60
         return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
-
-
-@contextlib.contextmanager
-def stop_on_signals(engine: TrainEngine):
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; the engine tells the other ranks."""
-
-    def ask(signum, frame):
-        engine.stop_requested = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

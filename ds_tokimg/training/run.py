@@ -10,6 +10,8 @@ from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.files import write_folder
+from ds_tokimg.training.lock import only_writer
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.ranks import Dist
@@ -17,14 +19,20 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
-    """A whole run. Nothing is written before all settings, data and the model have been found to fit."""
+    """A whole run. Nothing is written before all settings, data and the model have been found to fit, and nothing where
+    another run is writing."""
+    config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
+    with only_writer(config.output_dir, dist):
+        _train(config, raw, dist)
+
+
+def _train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
     from ds_tokimg.training import automatic
     from ds_tokimg.training.assemble import assemble
     from ds_tokimg.training.loop import Run
 
-    config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
     resumed = find_resumed(config, dist)
     state = checkpoints.read_state(resumed) if resumed else {}
     train_batch_size = state.get("train_batch_size")
@@ -42,8 +50,9 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
         state = checkpoints.load(engine, resumed)
     run = Run(config, settings, parts, engine, state)
     run.introduce(decided, notes, resumed)
-    run.loop()
-    run.finish()
+    with run.signals:
+        run.loop()
+        run.finish()
 
 
 def find_resumed(config: TrainConfig, dist: Dist) -> Path | None:
@@ -59,24 +68,32 @@ def find_resumed(config: TrainConfig, dist: Dist) -> Path | None:
 
 
 def check_output(config: TrainConfig, resumed: Path | None) -> None:
-    """A new run never writes into another's folder."""
+    """A run never writes into another's folder. What was killed before its first checkpoint was complete is no run."""
     folder = Path(config.output_dir)
-    if resumed is None and (folder / "checkpoints").is_dir():
+    if not has_checkpoint(folder):
+        return
+    if resumed is None:
         raise UserError(
             f"--output_dir {folder} already holds a run: go on with it (--resume latest) or choose another folder"
+        )
+    if resumed.resolve().parent != (folder / "checkpoints").resolve():
+        raise UserError(
+            f"--output_dir {folder} already holds a run, and {resumed} is not of it: leave --output_dir out to go on "
+            "where that checkpoint lies, or choose another folder"
         )
 
 
 def write_settings(config: TrainConfig, raw: dict, settings: dict, parts: Parts) -> None:
     """config.json, the engine's JSON as given and as resolved, and the tokenizer: what resuming, evaluation and
-    generation need."""
+    generation need. Each is replaced in one go: a run that is killed here is as it was."""
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.json")
         engine_json.save(raw, folder / GIVEN_JSON)
         engine_json.save(settings, folder / "ds_config.json")
-        parts.tokenizer.save_pretrained(folder / "tokenizer")
+        if not (has_checkpoint(folder) and (folder / "tokenizer").is_dir()):  # else it is the one that was loaded
+            write_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
 

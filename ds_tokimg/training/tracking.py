@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from ds_tokimg.settings.files import write_text
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.engine import TrainEngine
@@ -51,6 +52,24 @@ class Tracker:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._show(row)
+
+    def complete(self, step: int, more: dict) -> None:
+        """Add what was measured later to the last row, if that is of this step; else a row of its own."""
+        if not self.active:
+            return
+        self.path.touch()
+        with open(self.path, "r+b") as file:
+            rows = file.read()
+            start = rows.rfind(b"\n", 0, len(rows) - 1) + 1
+            row = json.loads(rows[start:]) if rows else {}
+            if row.get("step") != step:
+                row, start = {"step": step}, len(rows)
+            file.seek(start)
+            file.write(json.dumps(row | _finite(more), allow_nan=False).encode() + b"\n")
+        self._show({"step": step, **more})
+
+    def _show(self, row: dict) -> None:
         events = [(name, value, row["step"]) for name, value in _scalars(row)]
         self.monitor.write_events(events)
 
@@ -77,9 +96,7 @@ def _keep_rows(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(line + "\n" for line in kept), end="")
 
 
 def _step_of(line: str) -> float:

@@ -80,6 +80,33 @@ def test_same_topology_resumes_bit_for_bit(stage, trained):
     _assert_equal(final, resumed_final)
 
 
+ODD_NAMES = ("run[1]", "*", "a?b", "{a,b} c", "é ß 図")  # DeepSpeed takes names for patterns
+
+
+def _train_under_odd_names(dist, folder, stage):
+    """Runs in folders whose names match a sibling's as patterns, one of them through a link, each saved and resumed on
+    its own stage and on another -> (name, stage, whether it went on from its own weights)."""
+    outcomes = []
+    (folder / "link [x]").symlink_to(folder / ODD_NAMES[0])
+    for index, name in enumerate(("run1", "aab", *ODD_NAMES, "link [x]")):
+        engine = tiny_engine(dist, stage, seed=index)
+        train(engine, 2)
+        engine.save(folder / name, {})
+        saved = full_state(engine)
+        for target in (stage, 1 - stage):
+            engine = tiny_engine(dist, target, seed=77)
+            engine.load(checkpoint.find(folder / name, "latest", dist))
+            loaded = full_state(engine)
+            outcomes.append((name, target, all(torch.equal(loaded[key], value) for key, value in saved.items())))
+    return outcomes
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_folder_of_any_name_resumes_from_its_own_weights(stage, tmp_path):
+    outcomes = run_ranks(1, _train_under_odd_names, tmp_path, stage)[0]
+    assert len(outcomes) == 16 and all(own for *_, own in outcomes), outcomes
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_resumes_bit_for_bit(stage, tmp_path):
     blocks = {"bf16": {"enabled": True}}

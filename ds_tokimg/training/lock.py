@@ -1,0 +1,144 @@
+"""One writer, one folder: while a run writes into its folder, no other does.
+
+    OUTPUT/run.lock    {"host": …, "pid": …, "began": seconds since 1970} of the run that is writing
+
+The process also holds the operating system's lock on this file (POSIX, which goes with the process however it ends and
+is not passed on to its children), so two that start at once cannot both find the folder free, and what a killed process
+left behind is known to be stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shlex
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ds_tokimg.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_tokimg.engine.ranks import Dist
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+@contextlib.contextmanager
+def only_writer(output_dir: str, dist: Dist) -> Iterator[None]:
+    """Within: rank 0 owns the folder. Raises UserError on all ranks, and leaves everything as it was, where another run
+    does. Folders that were made for the lock alone are gone afterwards."""
+    lock = Lock(Path(output_dir))
+    dist.on_first_rank(lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Lock:
+    """The lock of a run's folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / LOCK
+        self._descriptor: int | None = None
+        self._made: list[Path] = []  # folders, the innermost first
+
+    def take(self) -> None:
+        """Own the folder, which is made if need be. UserError where another process does, or where it cannot be
+        written."""
+        self._made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = self._open()
+        except OSError as error:
+            self._remove_made()
+            raise UserError(f"--output_dir {self.folder} cannot be written: {error.strerror}") from None
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": time.time()})
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, (content + "\n").encode(), 0)
+        os.fsync(self._descriptor)
+
+    def release(self) -> None:
+        """Give the folder back. Nothing happens where it was not taken."""
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):  # the folder may be gone, or read-only by now
+            self.path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        for place in self._made:
+            with contextlib.suppress(OSError):  # what is not empty stays
+                place.rmdir()
+
+    def _open(self) -> int:
+        """The lock's file, locked and free to be written."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                held = not _locked(descriptor)
+                owner = _read(descriptor)
+                if held or owner.get("host", socket.gethostname()) != socket.gethostname():
+                    raise UserError(self._refusal(owner, held))
+                if _is(descriptor, self.path):
+                    if owner:
+                        logger.info("taking over %s: process %s, which left it, is gone", self.path, owner.get("pid"))
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its owner has just ended and removed it
+
+    def _refusal(self, owner: dict, held: bool) -> str:
+        began = owner.get("began")
+        age = f" since {_duration(time.time() - began)}" if isinstance(began, int | float) else ""
+        who = f"process {owner.get('pid', 'of unknown number')} on {owner.get('host', 'this host')}"
+        refusal = f"--output_dir {self.folder} is in use: {who} has been writing a run into it{age}. "
+        if held:
+            return refusal + "Wait until it has ended, or choose another folder"
+        return refusal + f"If that process is gone, remove the lock that it left: rm {shlex.quote(str(self.path))}"
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the operating system's lock; False where another process has it. A file system without locks has none."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _HELD
+    return True
+
+
+def _read(descriptor: int) -> dict:
+    """What stands in the lock; nothing, if its owner has not written it yet or was killed before."""
+    try:
+        value = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
+
+
+def _duration(seconds: float) -> str:
+    """As a user would say it: `3 hours`."""
+    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{max(0, seconds):.0f} seconds"
