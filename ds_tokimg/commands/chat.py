@@ -13,10 +13,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ds_tokimg.choices import WEIGHTS
+from ds_tokimg.commands.flags import parser_with_model
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.options import SamplingOptions
-from ds_tokimg.settings.command_line import Parser, path
 
 if TYPE_CHECKING:
     from ds_tokimg.inference.loading import TrainedModel
@@ -46,21 +45,13 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds-tokimg chat", description=__doc__, allow_abbrev=False)
+    trained = "a checkpoint, a run's folder (its best one) or an export, trained with --enable_condition"
+    parser = parser_with_model("chat", __doc__, trained)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=path,
-        required=True,
-        metavar="DIR",
-        help="a checkpoint, a run's folder (its best one) or an export, trained with --enable_condition",
-    )
     add("--max_new_tokens", type=int, metavar="N", help="length of an answer at most (default: as in training)")
     add("--num_inference_steps", type=int, metavar="N", help="network evaluations, of every block (as in generate)")
     add("--guidance_scale", type=float, default=1.0, metavar="S", help="above 1 exaggerates the prompt (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="of the first answer, one more each (default: 0)")
-    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
-    add("--device", default="auto", metavar="NAME", help="default: an accelerator if there is one, else cpu")
     return parser
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_tokimg.choices import WEIGHTS
+from ds_tokimg.commands.flags import parser_with_model
+from ds_tokimg.commands.output import write_json
 from ds_tokimg.errors import UserError
-from ds_tokimg.settings.command_line import Parser, path
+from ds_tokimg.settings.command_line import path
 
 if TYPE_CHECKING:
     from ds_tokimg.data.dataset import TokenImageDataset
@@ -43,23 +43,15 @@ def main(argv: list[str]) -> int:
         print(f"note: {note}")
     report(bound, trained.path, " ".join(arguments.data_path))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(as_json(bound), indent=1) + "\n")
+        write_json(arguments.json, as_json(bound))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds-tokimg evaluate", description=__doc__, allow_abbrev=False)
+    parser = parser_with_model("evaluate", __doc__, "a checkpoint, a run's folder (its best one) or an export")
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=path,
-        required=True,
-        metavar="DIR",
-        help="a checkpoint, a run's folder (its best one) or an export",
-    )
     add("--data_path", type=path, nargs="+", required=True, metavar="PATH", help="texts, in any form that train takes")
     add("--json", type=path, metavar="FILE", help="write the figures there")
-    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
     add(
         "--split",
         choices=SPLITS,
@@ -80,12 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
     add("--cache_dir", type=path, metavar="DIR", help="where tokenised data is cached")
-    add(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="where to compute (default: an accelerator if there is one, else cpu)",
-    )
     return parser
 
 

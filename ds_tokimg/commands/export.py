@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ds_tokimg.choices import WEIGHTS
+from ds_tokimg.commands.flags import parser_with_model
 from ds_tokimg.errors import UserError
-from ds_tokimg.settings.command_line import Parser, path
+from ds_tokimg.settings.command_line import path
 
 
 def main(argv: list[str]) -> int:
@@ -30,9 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds-tokimg export", description=__doc__, allow_abbrev=False)
+    parser = parser_with_model("export", __doc__, "a checkpoint, or a run's folder (its best one)", device=False)
     add = parser.add_argument
-    add("--checkpoint", type=path, required=True, metavar="DIR", help="a checkpoint, or a run's folder (its best one)")
     add("--output", type=path, required=True, metavar="DIR", help="a new folder")
-    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
     return parser

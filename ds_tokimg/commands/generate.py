@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from ds_tokimg.choices import SAMPLERS, WEIGHTS
+from ds_tokimg.choices import SAMPLERS
+from ds_tokimg.commands.flags import parser_with_model
+from ds_tokimg.commands.output import write_json
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
-from ds_tokimg.settings.command_line import Parser, path
+from ds_tokimg.settings.command_line import path
 
 
 def main(argv: list[str]) -> int:
@@ -33,21 +34,14 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         keys = ("prompt", "text", "token_ids", "num_tokens")
         rows = [{key: text[key] for key in keys} for text in texts]
-        Path(arguments.json).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        write_json(arguments.json, rows)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ds-tokimg generate", description=__doc__, allow_abbrev=False)
+    parser = parser_with_model("generate", __doc__, "a checkpoint, a run's folder (its best one) or an export")
     add = parser.add_argument
     defaults = SamplingOptions()
-    add(
-        "--checkpoint",
-        type=path,
-        required=True,
-        metavar="DIR",
-        help="a checkpoint, a run's folder (its best one) or an export",
-    )
     add("--prompt", metavar="TEXT", help="what to answer, or, without conditions in training, to continue")
     add("--prompt_file", type=path, metavar="FILE", help="one prompt a line")
     add("--infill", metavar="TEXT", help="fill gaps of N tokens, written <gap:N>; all else stays as it is")
@@ -80,13 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--save_images", type=path, metavar="DIR", help="write the images there, as PNG")
     add("--animate", type=path, metavar="FILE.gif", help="show how the first text comes out of noise; FILE.png: stages")
     add("--json", type=path, metavar="FILE", help="write the texts there")
-    add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
-    add(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="where to compute (default: an accelerator if there is one, else cpu)",
-    )
     return parser
 
 
