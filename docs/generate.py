@@ -57,7 +57,7 @@ def commands() -> str:
 def _command(name: str) -> list[str]:
     module = importlib.import_module(f"ds_tokimg.commands.{name}")
     described = inspect.getdoc(module).partition(": ")[2].partition("\n\n")
-    settings_too = name == "plan"
+    settings_too = name in ("plan", "preview")
     parser = module._parser([]) if settings_too else module._parser()
     groups = [group for group in parser._action_groups if not settings_too or group.title == name]
     formatter = parser._get_formatter()

@@ -14,6 +14,7 @@ _HOMES = {
     "add_noise_to_timestep": "diffusion.path",
     "masked_loss": "training.objective",
     "JiT": "model.jit",
+    "load": "training.language_model",
     "bits_per_token": "training.bound",
     "UserError": "errors",
 }

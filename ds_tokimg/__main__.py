@@ -16,6 +16,8 @@ COMMANDS = {
     "generate": "write texts with a checkpoint or export",
     "export": "turn a checkpoint into a folder that needs no DeepSpeed",
     "plan": "show what a training run would do and need, without training",
+    "preview": "show the data as they will be trained",
+    "chat": "talk to a model that was trained on prompts and answers",
 }
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
     module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
     levels = arguments.noise_levels or DEFAULT_LEVELS
-    options = BoundOptions(num_levels=levels, seed=arguments.seed, device=arguments.device)
+    options = BoundOptions(num_levels=levels, seed=arguments.seed, device=trained.device)
     bound = bound_of(module, trained.format, dataset, writing, options=options)
     for note in dataset.notes:
         print(f"note: {note}")
@@ -80,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0, that of the validation in training)")
     add("--cache_dir", type=path, metavar="DIR", help="where tokenised data is cached")
-    add("--device", default="cpu", help="where to compute (default: cpu)")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="where to compute (default: an accelerator if there is one, else cpu)",
+    )
     return parser
 
 

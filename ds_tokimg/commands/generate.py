@@ -81,7 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--animate", type=path, metavar="FILE.gif", help="show how the first text comes out of noise; FILE.png: stages")
     add("--json", type=path, metavar="FILE", help="write the texts there")
     add("--weights", choices=WEIGHTS, default="ema", help="averaged weights, or those of the last step (default: ema)")
-    add("--device", default="cpu", help="where to compute (default: cpu)")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="where to compute (default: an accelerator if there is one, else cpu)",
+    )
     return parser
 
 

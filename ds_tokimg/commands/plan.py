@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from ds_tokimg.commands.output import write_json
 from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
@@ -35,10 +34,7 @@ def main(argv: list[str]) -> int:
     report = make_plan(config, raw, machine, arguments.memory_gb and arguments.memory_gb * GIGABYTE)
     print(as_text(report))
     if arguments.json:
-        try:
-            Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {arguments.json} cannot be written: {error.strerror}") from None
+        write_json(arguments.json, report)
     return 0
 
 

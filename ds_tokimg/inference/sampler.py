@@ -17,7 +17,8 @@ what was written before is then read once, into a KV cache.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -86,6 +87,25 @@ def sample(
     return texts, invalid
 
 
+@torch.no_grad()
+def sample_stream(
+    model: JiT,
+    length: int,
+    options: SamplingOptions,
+    prompt: list[int] | None = None,
+    given: dict[int, int] | None = None,
+) -> Iterator[list[int]]:
+    """Writes the text that `sample` writes first, and gives its ids so far whenever a block of patches is written: at
+    once, all together. Arguments as those of `sample`, of one text. Who stops listening stops the writing."""
+    one = range(1)
+    walk = _Walk(model, [length], one, options, [prompt] if prompt is not None else None, [given] if given else None)
+    for ids, _, written in walk.states():
+        order = model.layout.order[:written].flatten()
+        places, in_text = order.sort()
+        known = int((places == torch.arange(len(places))).cumprod(0).sum())  # raster order leaves gaps between blocks
+        yield ids[0, :written].flatten().cpu()[in_text[: min(known, length)]].tolist()
+
+
 class _Walk:
     """One batch on its way from noise to tokens."""
 
@@ -141,17 +161,22 @@ class _Walk:
 
     def run(self) -> tuple[list[list[int]], int]:
         """The texts' ids, and how many colours were no token."""
-        if self.writing.block_size:
-            ids, invalid = self._from_left_to_right()
-        else:
-            ids, invalid = self._denoise()
+        ids, invalid, _ = deque(self.states(), maxlen=1).pop()
         order = self.layout.order[: ids.shape[1]].flatten()
         in_text = torch.argsort(order)
         rows = ids.flatten(1).cpu()[:, in_text]
         return [row[:n].tolist() for row, n in zip(rows, self.lengths, strict=True)], int((invalid & self.mask).sum())
 
-    def _from_left_to_right(self) -> tuple[Tensor, Tensor]:
-        """Block after block: ids [B, N, K], and which colours were no token."""
+    def states(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Whenever patches are written: ids [B, N, K], which colours were no token, and how many patches are."""
+        if self.writing.block_size:
+            yield from self._from_left_to_right()
+        else:
+            ids, invalid = self._denoise()
+            yield ids, invalid, ids.shape[1]
+
+    def _from_left_to_right(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Block after block."""
         self._prefill_condition()
         ids, invalid = self.fixed_ids.clone(), torch.zeros_like(self.mask)
         count = self.mask.shape[1]
@@ -160,9 +185,9 @@ class _Walk:
             now = slice(start, start + block.mask.shape[1])
             if not (block.fixed | ~block.mask).all():
                 ids[:, now], invalid[:, now] = block._denoise()
+            yield ids, invalid, now.stop
             if now.stop < count:
                 self._prefill(self._colours(ids[:, now]), self.mask[:, now], self.positions[:, now])
-        return ids, invalid
 
     def _block(self, now: slice) -> _Walk:
         """The walk of some patches after those in the caches."""

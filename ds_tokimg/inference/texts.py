@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import TrainedModel
-from ds_tokimg.inference.sampler import SamplingOptions, Watch, sample
+from ds_tokimg.inference.sampler import SamplingOptions, Watch, sample, sample_stream
 from ds_tokimg.tokens import tokenizer as tokenizers
 
 GAP = re.compile(r"<gap:(\d+)>")
@@ -29,23 +31,63 @@ def generate(
     start of the image. Returns a dict each: prompt, text (up to EOS), token_ids (of the text, without EOS),
     num_tokens, image_ids (all tokens of the image). Raises UserError when a prompt leaves no room.
     """
+    begin = _begin(trained, prompts, max_new_tokens)
+    rows, invalid = sample(trained.model, begin.lengths, options, begin.conditions, begin.given, watch)
+    _report(invalid)
+    return [
+        _as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, begin.starts, strict=True)
+    ]
+
+
+def stream(
+    trained: TrainedModel, prompt: str | None, options: SamplingOptions, max_new_tokens: int | None = None
+) -> Iterator[str]:
+    """The text that `generate` writes, in pieces, as its blocks are written; it ends with the text. A model that writes
+    the whole image at once gives one piece. Raises UserError when the prompt leaves no room."""
+    begin = _begin(trained, [prompt], max_new_tokens)
+    condition = begin.conditions[0] if begin.conditions else None
+    given = begin.given[0] if begin.given else None
+    given_out, text = "", ""
+    for row in sample_stream(trained.model, begin.lengths[0], options, condition, given):
+        ids, ended = _text_ids(trained, row, begin.starts[0])
+        text = trained.tokenizer.decode(ids, skip_special_tokens=True)
+        # Bytes that are no whole character yet wait for the next block.
+        if text.startswith(given_out) and not text.endswith("\ufffd") and text != given_out:
+            yield text[len(given_out) :]
+            given_out = text
+        if ended:
+            break
+    if text != given_out:
+        yield text.removeprefix(given_out)
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """What texts begin with, one item a text.
+
+    lengths: tokens to write, with those that are given. starts: where the new ones begin.
+    conditions, given: see `sample`.
+    """
+
+    lengths: list[int]
+    starts: list[int]
+    conditions: list[list[int]] | None = None
+    given: list[dict[int, int]] | None = None
+
+
+def _begin(trained: TrainedModel, prompts: list[str | None], max_new_tokens: int | None) -> _Begin:
     text_format = trained.format
     room = text_format.canvas * trained.layout.slots or text_format.max_tokens
     ids = [[] if prompt is None else _prompt_ids(trained, prompt) for prompt in prompts]
     length = _length(max_new_tokens, trained.layout.codec.capacity(trained.layout.img_size), room)
     if text_format.enable_condition:
-        rows, invalid = sample(trained.model, [length] * len(ids), options, prompts=ids, watch=watch)
-        starts = [0] * len(ids)
-    else:
-        starts = [len(prompt) for prompt in ids]
-        for prompt, start in zip(prompts, starts, strict=True):
-            if start >= room:
-                raise UserError(f"the prompt {prompt!r} has {start} tokens; the image holds {room}: shorten it")
-        lengths = [min(room, start + length) for start in starts]
-        given = [dict(enumerate(prompt)) for prompt in ids] if any(starts) else None
-        rows, invalid = sample(trained.model, lengths, options, given=given, watch=watch)
-    _report(invalid)
-    return [_as_text(trained, prompt, row, start) for prompt, row, start in zip(prompts, rows, starts, strict=True)]
+        return _Begin([length] * len(ids), [0] * len(ids), conditions=ids)
+    starts = [len(prompt) for prompt in ids]
+    for prompt, start in zip(prompts, starts, strict=True):
+        if start >= room:
+            raise UserError(f"the prompt {prompt!r} has {start} tokens; the image holds {room}: shorten it")
+    lengths = [min(room, start + length) for start in starts]
+    return _Begin(lengths, starts, given=[dict(enumerate(prompt)) for prompt in ids] if any(starts) else None)
 
 
 def infill(
@@ -58,10 +100,10 @@ def infill(
     without a gap, or one that does not fit, or a model that was trained to answer.
     """
     if trained.format.enable_condition:
-        raise UserError("--infill: this model was trained with --enable_condition; it answers a --prompt instead")
+        raise UserError("this model was trained with --enable_condition: it answers a prompt, and fills no gaps")
     known, length = _known_tokens(trained, text)
     if length > trained.format.max_tokens:
-        raise UserError(f"--infill: {length} tokens with the gaps; the image holds {trained.format.max_tokens}")
+        raise UserError(f"{length} tokens with the gaps; the image holds {trained.format.max_tokens}: shorten the text")
     rows, invalid = sample(trained.model, [length] * count, options, given=[known] * count, watch=watch)
     _report(invalid)
     texts = [trained.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -76,7 +118,7 @@ def _known_tokens(trained: TrainedModel, text: str) -> tuple[dict[int, int], int
     pieces = GAP.split(text)  # text, N, text, N, … text
     gaps = [int(size) for size in pieces[1::2]]
     if not any(gaps):
-        raise UserError(f"--infill {text[:40]!r}: no gap to fill; write one of 8 tokens as <gap:8>")
+        raise UserError(f"no gap to fill in {text[:40]!r}: write one of 8 tokens as <gap:8>")
     known: dict[int, int] = {}
     place = 0
     for number, (piece, gap) in enumerate(zip(pieces[::2], [*gaps, 0], strict=True)):
@@ -107,18 +149,23 @@ def _length(max_new_tokens: int | None, capacity: int, room: int) -> int:
     if max_new_tokens is None:
         return room
     if not 1 <= max_new_tokens <= capacity:
-        raise UserError(f"--max_new_tokens {max_new_tokens}: between 1 and the image's {capacity}")
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be between 1 and the image's {capacity}")
     return max_new_tokens
 
 
 def _as_text(trained: TrainedModel, prompt: str | None, row: list[int], start: int) -> dict:
+    ids, _ = _text_ids(trained, row, start)
+    text = trained.tokenizer.decode(ids, skip_special_tokens=True)
+    return {"prompt": prompt, "text": text, "token_ids": ids, "num_tokens": len(ids), "image_ids": row}
+
+
+def _text_ids(trained: TrainedModel, row: list[int], start: int) -> tuple[list[int], bool]:
+    """The tokens of the new text in an image's tokens, without its end, and whether it has ended."""
     eos = trained.format.eos_id
     ids = row[start:]
     while ids and ids[0] == eos and not trained.format.enable_condition and start == 0:
         ids = ids[1:]  # a packed image may open with the end of the text before
-    ids = ids[: ids.index(eos)] if eos in ids else ids
-    text = trained.tokenizer.decode(ids, skip_special_tokens=True)
-    return {"prompt": prompt, "text": text, "token_ids": ids, "num_tokens": len(ids), "image_ids": row}
+    return (ids[: ids.index(eos)], True) if eos in ids else (ids, False)
 
 
 def show(texts: list[dict]) -> None:

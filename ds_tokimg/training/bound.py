@@ -227,7 +227,7 @@ class _Sums:
         self.nats, self.objective, self.reading = map(all_reduce, (self.nats, self.objective, self.reading))
 
 
-class _Texts:
+class TextList:
     """A list of token id lists in the shape of a data set."""
 
     def __init__(self, texts, prompts=None, num_bytes: int | None = None):
@@ -264,7 +264,7 @@ def bits_per_token(
     model.eval()
     device = next(model.parameters()).device
     options = BoundOptions(num_levels, seed, conditional=prompts is not None, device=device)
-    bound = _bound(module, _Texts(texts, prompts), model.writing.asked(block_size), module, options, WHOLE)
+    bound = _bound(module, TextList(texts, prompts), model.writing.asked(block_size), module, options, WHOLE)
     model.train(was_training)
     return bound.bits_per_token
 

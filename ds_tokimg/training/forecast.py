@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,6 +34,34 @@ PADDING_SAMPLES = 2000
 FEW, MANY = 4, 8
 
 
+@dataclass
+class Prepared:
+    """A run before it begins: settings with all that was left open, parts with a model without weights, the engine's
+    settings, what was decided, and what a person should know."""
+
+    config: TrainConfig
+    parts: Parts
+    settings: dict
+    decided: list[str]
+    notes: list[str]
+
+
+def prepare(config: TrainConfig, raw: dict, machine: engine_json.Machine) -> Prepared:
+    """Puts a run together without its weights. `raw`: the engine's JSON.
+
+    Raises UserError for everything that would keep the run from starting.
+    """
+    # Compiling takes time. Noise levels that follow the loss need numbers, and there are none.
+    timesteps = "band" if config.timesteps == "entropic" else config.timesteps
+    config = dataclasses.replace(config, compile=False, timesteps=timesteps)
+    with empty_weights():
+        parts = assemble(config, OnlyRank(), None)
+    config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
+    settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
+    config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
+    return Prepared(config, parts, settings, decided, [*parts.notes, *notes])
+
+
 def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budget: float | None = None) -> dict:
     """The whole plan as JSON values. Memory is in bytes per rank, tokens and steps are counts.
 
@@ -40,17 +69,10 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
 
     Raises UserError for everything that would keep the run from starting.
     """
-    # Which colours the tokens get changes no size, and learning them takes time, as does compiling. Noise levels that
-    # follow the loss need numbers, and a plan has none.
-    timesteps = "band" if config.timesteps == "entropic" else config.timesteps
-    config = dataclasses.replace(config, palette="id", compile=False, timesteps=timesteps)
-    with empty_weights():
-        parts = assemble(config, OnlyRank(), None)
-    config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
-    settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
-    config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
-    notes = [*parts.notes, *notes]
-    notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
+    # Which colours the tokens get changes no size, and learning them takes time.
+    run = prepare(dataclasses.replace(config, palette="id"), raw, machine)
+    config, parts, settings = run.config, run.parts, run.settings
+    notes = run.notes + automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     footprint = _footprint(config, parts, settings, machine)
     return {
         "data": _data(parts, settings, machine.world_size),
@@ -61,7 +83,7 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
         "memory": _memory(footprint, settings, machine, budget),
         "checkpoint_bytes": checkpoint_bytes(footprint, settings["zero_optimization"]["stage"]),
         "recipe": config.recipe,
-        "automatic": decided,
+        "automatic": run.decided,
         "notes": notes,
         "settings": settings,
     }

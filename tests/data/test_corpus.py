@@ -248,11 +248,11 @@ def test_a_damaged_cache_is_built_again_with_one_line(data, tokenizer, tmp_path,
     (entry,) = (p for p in cache.iterdir() if p.is_dir())
     harm(entry / name)
     assert documents(load_corpus(data, tokenizer, cache_dir=cache), tokenizer) == first
-    (line,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
     assert str(entry / name) in line
     caplog.clear()
     assert documents(load_corpus(data, tokenizer, cache_dir=cache), tokenizer) == first
-    assert not [r for r in caplog.records if "damaged" in r.getMessage()]
+    assert not [r for r in caplog.records if "is damaged" in r.getMessage()]
 
 
 def test_damage_that_the_check_overlooks_is_no_traceback(data, tokenizer, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def help_of(*words):
     except SystemExit as end:
         return end.code
 
-assert help_of() == help_of("train") == help_of("plan") == 0
+assert help_of() == help_of("train") == help_of("plan") == help_of("preview") == help_of("chat") == 0
 assert main(["train", "--epochs", "0"]) == main(["trian"]) == 2
 engine_json.read(engine_json.SHIPPED)
 TrainConfig(data_path="x").save("config.json")

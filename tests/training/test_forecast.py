@@ -197,7 +197,10 @@ def test_all_mistakes_at_once_and_before_the_data_is_read(tmp_path, capsys):
         (["--resume"], "leave --resume out"),
         (["--world_size", "0"], "--world_size 0: expected at least 1"),
         (["--memory_gb", "0"], "--memory_gb 0.0: expected a number above 0"),
-        (["--accelerator", "cpu", "--train_batch_size", "9", "--world_size", "2"], "train batch of 8 or 10 would fit"),
+        (
+            ["--accelerator", "cpu", "--train_batch_size", "9", "--batch_size", "2", "--world_size", "2"],
+            "train batch of 8 or 12 would fit",
+        ),
         (["--accelerator", "cpu", "--model", "JiT-Q/4"], "unknown model 'JiT-Q/4'; available: JiT-XS/2"),
         (["--accelerator", "cpu", "--json", "/no/such/folder/plan.json"], "cannot be written"),
     ],
@@ -208,7 +211,7 @@ def test_mistakes(corpus, flags, message):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from ds_tokimg import plan; sys.exit('torch' in sys.modules)"
+    code = "import sys; from ds_tokimg.commands import plan; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

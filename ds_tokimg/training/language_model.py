@@ -1,0 +1,162 @@
+"""The object that a user of the Python package holds: a trained model that writes, answers, fills gaps and measures.
+
+It stands beside the bound, which `bits` needs; everything else of it is `ds_tokimg.inference`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import numpy as np
+from PIL import Image
+
+from ds_tokimg.errors import UserError
+from ds_tokimg.inference import texts
+from ds_tokimg.inference.loading import TrainedModel, fetch, load_trained
+from ds_tokimg.inference.options import SamplingOptions
+from ds_tokimg.inference.pictures import Frame, draw
+from ds_tokimg.tokens import tokenizer as tokenizers
+from ds_tokimg.training.bound import BoundOptions, TextList, bound_of
+from ds_tokimg.training.objective import TrainingLoss
+
+
+def load(path: str | Path, device: str = "auto", weights: str = "ema") -> LanguageModel:
+    """A trained model, ready to write.
+
+    Args:
+        path: an export, a checkpoint, a run's folder (its best checkpoint), or the name of an export on the Hugging
+            Face hub (`owner/name`).
+        device: as torch names it; `auto`: an accelerator if torch finds one, else the CPU.
+        weights: of a checkpoint, `ema` for the averaged ones or `trained` for those of the last step.
+
+    Raises UserError when there is no such model or device.
+    """
+    return LanguageModel(load_trained(str(fetch(path)), weights, device))
+
+
+class Sampling(TypedDict, total=False):
+    """How to write; the same options and seed give the same text.
+
+    seed: of the noise, 0 where it is left out. num_inference_steps: network evaluations, of every block.
+    guidance_scale: above 1 exaggerates what the prompt asks for (models that answer).
+    """
+
+    seed: int
+    num_inference_steps: int | None
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Bits:
+    """What a text costs under a model: a bound, as `evaluate` measures it."""
+
+    total: float
+    tokens: int  # the end of the text included
+    bytes: int  # UTF-8
+
+    @property
+    def per_token(self) -> float:
+        return self.total / self.tokens
+
+    @property
+    def per_byte(self) -> float:
+        return self.total / self.bytes
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A trained model. It writes the way it was trained to: left to right, or the whole image at once.
+
+    All methods take the options of `Sampling`. Raises UserError for what the model cannot do.
+    """
+
+    trained: TrainedModel
+
+    def __call__(
+        self, prompt: str | None = None, max_new_tokens: int | None = None, **sampling: Unpack[Sampling]
+    ) -> str:
+        """What the model writes after a prompt (None: from noise alone): the continuation without the prompt, or,
+        where it was trained on prompts and answers, the answer. At most `max_new_tokens` tokens, up to the text's end.
+        """
+        return "".join(self.stream(prompt, max_new_tokens, **sampling))
+
+    def stream(
+        self, prompt: str | None = None, max_new_tokens: int | None = None, **sampling: Unpack[Sampling]
+    ) -> Iterator[str]:
+        """The same text in pieces, as soon as each is written. A model that writes the whole image at once gives one
+        piece, at the end."""
+        return texts.stream(self.trained, prompt, self._options(**sampling), max_new_tokens)
+
+    def answer(self, prompt: str, max_new_tokens: int | None = None, **sampling: Unpack[Sampling]) -> str:
+        """The answer to a prompt, by a model that was trained on prompts and answers."""
+        if not self.answers:
+            raise UserError(
+                "this model was trained without conditions: it continues texts and answers no prompts; call it with "
+                "the text to continue, or train one with --enable_condition"
+            )
+        return self(prompt, max_new_tokens, **sampling)
+
+    def infill(self, text: str, **sampling: Unpack[Sampling]) -> str:
+        """The text with its gaps, written `<gap:N>` for N tokens, filled; all else stays as it is."""
+        return str(texts.infill(self.trained, text, self._options(**sampling))[0]["text"])
+
+    def image(self, text: str) -> Image.Image:
+        """A picture of the text as the model's token image, with its words."""
+        layout = self.trained.layout
+        ids = tokenizers.encode(self.trained.tokenizer, [text])[0].tolist()
+        capacity = layout.codec.capacity(layout.img_size)
+        if len(ids) > capacity:
+            raise UserError(f"the text has {len(ids):,} tokens; an image holds {capacity:,}: shorten it")
+        image, _ = layout.codec.encode(ids, layout.img_size, layout.layout, layout.patch_size)
+        return draw(Frame(image, ids), layout, self.trained.tokenizer)
+
+    def bits(self, text: str, prompt: str | None = None) -> Bits:
+        """What the text costs, its end included, the way this model writes: the bound of `evaluate` on this text alone.
+
+        prompt: what the text answers, for a model that was trained on prompts and answers. A text longer than an image
+        is cut into several, as in training.
+        """
+        if not text:
+            raise UserError("an empty text has no bits: give one with at least one character")
+        ids, condition = self._scored(text, prompt)
+        size = self.trained.format.max_tokens
+        starts = range(0, len(ids), size)
+        pieces = [ids[start : start + size] for start in starts]
+        prompts = [np.concatenate([condition, ids[:start]])[-size:] if prompt else condition for start in starts]
+        num_bytes = len(text.encode())
+        module = TrainingLoss(self.trained.model, self.trained.format.objective, self.trained.format.timesteps)
+        options = BoundOptions(device=self.trained.device)
+        bound = bound_of(module, self.trained.format, TextList(pieces, prompts, num_bytes), options=options)
+        return Bits(float(bound.nats.sum()) / math.log(2), len(ids), num_bytes)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model was trained on prompts and answers."""
+        return self.trained.format.enable_condition
+
+    def _scored(self, text: str, prompt: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text as training scores them, with EOS, and those of its prompt."""
+        tokenizer, text_format = self.trained.tokenizer, self.trained.format
+        chat = text_format.use_chat_template and prompt is not None
+        if prompt is not None and not self.answers:
+            raise UserError("this model was trained without conditions: leave the prompt out, or put it into the text")
+        opening, scored = prompt or "", text
+        if chat:
+            opening, scored = tokenizers.chat_format(tokenizer, [("user", opening), ("assistant", text)])
+        condition = tokenizers.encode(tokenizer, [opening], parse_special=chat)[0]
+        ids = tokenizers.encode(tokenizer, [scored], parse_special=chat)[0]
+        return np.append(ids, text_format.eos_id), condition[-text_format.max_tokens :]
+
+    def _options(
+        self, seed: int = 0, num_inference_steps: int | None = None, guidance_scale: float = 1.0
+    ) -> SamplingOptions:
+        if guidance_scale != 1 and not self.answers:
+            raise UserError(f"guidance_scale is {guidance_scale}, but this model was trained without conditions")
+        try:
+            return SamplingOptions(steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
+        except ValueError as error:
+            raise UserError(str(error)) from None
