@@ -34,13 +34,13 @@ _HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
-def only_writer(output_dir: str, dist: Dist) -> Iterator[None]:
-    """Within: rank 0 owns the folder. Raises UserError on all ranks, and leaves everything as it was, where another run
-    does. Folders that were made for the lock alone are gone afterwards."""
+def only_writer(output_dir: str, dist: Dist) -> Iterator[Lock]:
+    """Within: rank 0 owns the folder, one that does not exist yet from when it takes the lock. Raises UserError on all
+    ranks, and leaves everything as it was, where another run does."""
     lock = Lock(Path(output_dir))
-    dist.on_first_rank(lock.take)
+    dist.on_first_rank(lambda: lock.take() if lock.folder.exists() else None)
     try:
-        yield
+        yield lock
     finally:
         lock.release()
 
@@ -55,7 +55,9 @@ class Lock:
 
     def take(self) -> None:
         """Own the folder, which is made if need be. UserError where another process does, or where it cannot be
-        written."""
+        written. Nothing happens where it is owned already."""
+        if self._descriptor is not None:
+            return
         self._made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.files import write_folder
-from ds_tokimg.training.lock import only_writer
+from ds_tokimg.training.lock import Lock, only_writer
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.ranks import Dist
@@ -22,11 +22,11 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     """A whole run. Nothing is written before all settings, data and the model have been found to fit, and nothing where
     another run is writing."""
     config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
-    with only_writer(config.output_dir, dist):
-        _train(config, raw, dist)
+    with only_writer(config.output_dir, dist) as lock:
+        _train(config, raw, dist, lock)
 
 
-def _train(config: TrainConfig, raw: dict, dist: Dist) -> None:
+def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
     from ds_tokimg.training import automatic
@@ -43,6 +43,8 @@ def _train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
     notes = [*parts.notes, *notes]
     notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
+    dist.on_first_rank(lock.take)
+    dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     check_shared(config, dist)
     engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
