@@ -8,7 +8,6 @@ from torch import nn
 
 from benchmarks import learning, tables
 from benchmarks.tables import MEGAFLOPS, Row, compute_gap, curve, figure
-from ds_tokimg.model.flops import train_flops
 
 
 def row(system="autoregressive", million=1.0, bits=4.0, path="0", **more) -> Row:
@@ -63,7 +62,7 @@ def test_operations_a_token_are_those_that_are_counted(recipe):
     trained = learning.prepare(SimpleNamespace(**options))
     texts = trained.parts.train_set
     batch = trained.maker(texts, np.arange(2), np.arange(2), 0)
-    flops = train_flops(trained.module.model, batch) / texts.lengths[:2].sum()
+    flops = trained.module.flops(batch) / texts.lengths[:2].sum()
     assert flops / 1e6 == pytest.approx(MEGAFLOPS[recipe], abs=0.01)
 
 
