@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment (once) and trains on the bundled corpus. Further flags go to the trainer:
 #   bash launch/train.sh --recipe left-to-right --epochs 8 --output_dir runs/longer
-# RANKS=N starts N ranks; without it, one on a CPU and one per GPU elsewhere.
+# RANKS=N starts N ranks; without it, one on a CPU and one per GPU elsewhere. They meet at MASTER_PORT, or any free port.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -9,7 +9,9 @@ source launch/setup.sh
 if ! command -v nvidia-smi >/dev/null; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} RANKS=${RANKS:-1}
 fi
-deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} --module ds_tokimg train \
+free_port='import socket; place = socket.socket(); place.bind(("127.0.0.1", 0)); print(place.getsockname()[1])'
+deepspeed -q --no_local_rank ${RANKS:+--num_accelerators "$RANKS"} \
+    --master_port "${MASTER_PORT:-$(python -c "$free_port")}" --module ds_tokimg train \
     --data_path data/web_narrative.txt \
     --eval_interval 400 --save_interval 400 \
     --output_dir "runs/$(date +%Y%m%d-%H%M%S)" \

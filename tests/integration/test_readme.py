@@ -1,8 +1,10 @@
 """The README's commands and the launch scripts, run as a newcomer would: in a copy of the project."""
 
+import contextlib
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -63,7 +65,11 @@ def test_the_readme_names_the_two_commands():
 
 
 def test_launch_train(project, environment):
-    printed = call(f"bash launch/train.sh {SHORT} --output_dir runs/script --model JiT-XS/4", project, environment)
+    with socket.socket() as another_job:
+        with contextlib.suppress(OSError):  # somebody holds the launcher's own port already
+            another_job.bind(("", 29500))
+            another_job.listen()
+        printed = call(f"bash launch/train.sh {SHORT} --output_dir runs/script --model JiT-XS/4", project, environment)
     assert len(metrics(project / "runs" / "script")) == 2
     assert TrainConfig.load(project / "runs" / "script" / "config.json").recipe == "at-once"
     for word in (
