@@ -23,7 +23,7 @@ MARGIN, LINE, FONT_SIZE = 12, 24, 16
 PAPER, INK = (255, 255, 255), (24, 24, 27)
 # Words are as dark as they are certain, from this grey on.
 FAINTEST = 0.12
-MILLISECONDS, LAST_MILLISECONDS = 180, 4000  # that a frame of an animation stays
+MILLISECONDS, LAST_MILLISECONDS = 250, 4000  # that a frame of an animation stays
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ds_tokimg.errors import UserError
 from ds_tokimg.inference.pictures import Frame, save_animation, strip
 from ds_tokimg.model.jit import JiT
 
-MOST_FRAMES = 64  # of an animation: more would make it long and the file large
+MOST_FRAMES = 32  # of an animation: more would make it long and the file large
 
 
 class Watcher:
