@@ -218,8 +218,10 @@ def test_a_run_that_is_named_goes_on_in_its_own_folder(run, place, tmp_path):
 
 def test_auto_goes_on_where_there_is_a_checkpoint(run):
     flags = ["--data_path", "x", "--resume", "auto", "--output_dir", str(run)]
+    manifest = run / "checkpoints" / "step_00000005" / "manifest.json"
+    manifest.write_text("{}")
     assert train_config(flags).seed == 7
-    (run / "checkpoints" / "step_00000005").rmdir()
+    manifest.unlink()  # one that was never finished
     config = train_config(flags)
     assert (config.seed, config.recipe, config.resume) == (0, "at-once", "auto")
 
