@@ -51,6 +51,8 @@ NAMES = {
 }
 # Bits per token of a model that knows how often each token occurs, and nothing else.
 UNIGRAM = {"web_narrative": 8.36, "python": 8.60}
+# Bits per token of an interpolated Kneser-Ney 4-gram of the whole training texts (`python -m benchmarks.ngram`).
+NGRAM = {"web_narrative": 4.08, "python": 4.51}
 BUDGETS = (("web_narrative", 0.25), ("web_narrative", 0.5), ("web_narrative", 1), ("python", 1), ("python", 4))
 # Rows from before recipes were files: the recipe that they became, and the settings that were not yet its defaults.
 FORMER: dict[str, tuple[str, list[str]]] = {
@@ -161,7 +163,7 @@ def bytes_a_token(rows: list[Row], corpus: str) -> float:
 
 def markdown(heads: list[str], lines: list[list]) -> str:
     rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows).replace("|  |", "| |")
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows).replace("|  ", "| ")
 
 
 def results(rows: list[Row], budgets=BUDGETS) -> str:
@@ -169,8 +171,9 @@ def results(rows: list[Row], budgets=BUDGETS) -> str:
     heads = ["bits per byte of held-out text", "MFLOP a token"]
     heads += [f"{corpus.replace('web_narrative', 'bundled')}, {million:g} M" for corpus, million in budgets]
     lines = [[NAMES[recipe], f"{MEGAFLOPS[recipe]:.0f}", *_cells(rows, recipe, budgets)] for recipe in MEGAFLOPS]
-    unigram = [f"{UNIGRAM[corpus] / bytes_a_token(rows, corpus):.2f}" for corpus, _ in budgets]
-    return markdown(heads, [*lines, ["unigram frequencies", "", *unigram]])
+    for name, bits in (("4-gram model of the whole texts", NGRAM), ("unigram frequencies", UNIGRAM)):
+        lines.append([name, "", *(f"{bits[corpus] / bytes_a_token(rows, corpus):.2f}" for corpus, _ in budgets)])
+    return markdown(heads, lines)
 
 
 def _cells(rows: list[Row], recipe: str, budgets) -> list[str]:
@@ -390,9 +393,11 @@ def draw(rows: list[Row], path: Path) -> None:
             if points := curve(rows, recipe, corpus):
                 label = NAMES[recipe].replace("*", "").replace("`", "")
                 panel.plot(*zip(*points, strict=True), line, color=colour, marker="o", markersize=4, label=label)
-        unigram = UNIGRAM[corpus] / bytes_a_token(rows, corpus)
-        panel.axhline(unigram, color="black", linewidth=0.8)
-        panel.annotate("unigram frequencies", (0.6, unigram), xytext=(0, -3), textcoords="offset points", va="top")
+        for name, bits, side in (("4-gram model", NGRAM, 1), ("unigram frequencies", UNIGRAM, -1)):
+            level = bits[corpus] / bytes_a_token(rows, corpus)
+            panel.axhline(level, color="black", linewidth=0.8)
+            above = "bottom" if side > 0 else "top"
+            panel.annotate(name, (0.6, level), xytext=(0, 3 * side), textcoords="offset points", va=above)
         panel.set(xscale="log", xlabel="training compute, TFLOP", title=title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("bits per byte of held-out text")

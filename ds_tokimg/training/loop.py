@@ -20,6 +20,7 @@ from ds_tokimg.inference.texts import generate, images_of, show
 from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.training import ngram
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
 from ds_tokimg.training.next_steps import next_steps
@@ -292,6 +293,8 @@ class Run:
                 f"\nvalidation: {self.bound.bits_per_token:.4f} bits per token "
                 f"(unigram entropy {self.parts.unigram_entropy:.4f}), {self.bound.bits_per_byte:.4f} bits per byte"
             )
+            if self.dist.rank == 0 and (counted := ngram.measure(self.parts.train_set, self.parts.eval_set)):
+                self.log(f"beside it, counting alone: {counted} bits per token")
         for what, command in next_steps(self.config, len(self.parts.train_set), self._a_prompt()).items():
             self.log(f"{what + ':':<14}{command}")
 

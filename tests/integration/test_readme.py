@@ -76,6 +76,7 @@ def test_launch_train(project, environment):
         "bits/token",
         "samples:",
         "unigram entropy",
+        "4-gram model of",
         "tensorboard --logdir",
         "--resume",
         "generate",
