@@ -10,4 +10,5 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-
 ruff check .
 ruff format --check .
 python -m mypy
-exec python -m pytest "$@"
+# A worker a core, a file of tests each; most tests use one thread. Files in their order: the long ones are not the last.
+exec python -m pytest -n "$(nproc)" --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
