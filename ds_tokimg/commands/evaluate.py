@@ -10,6 +10,7 @@ from ds_tokimg.commands.flags import parser_with_model
 from ds_tokimg.commands.output import write_json
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings.command_line import path
+from ds_tokimg.settings.files import check_file
 
 if TYPE_CHECKING:
     from ds_tokimg.data.dataset import TokenImageDataset
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.noise_levels is not None and arguments.noise_levels < 1:
         raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
+    if arguments.json:
+        check_file("--json", arguments.json)
     from ds_tokimg.inference.loading import load_trained
     from ds_tokimg.training.bound import DEFAULT_LEVELS, BoundOptions, bound_of
     from ds_tokimg.training.objective import TrainingLoss

@@ -17,6 +17,7 @@ from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
+from ds_tokimg.settings.files import check_file
 
 GIGABYTE = 1e9
 
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> int:
     config, arguments = parse(_parser(argv), argv)
     if config.resume is not None:
         raise UserError("plan shows a run from its first step: leave --resume out")
+    if arguments.json:
+        check_file("--json", arguments.json)
     raw = engine_json.read(config.deepspeed_config)
     machine = _machine(arguments)
     # Mistakes in the JSON are reported before the data is read.

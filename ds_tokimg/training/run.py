@@ -10,7 +10,7 @@ from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
-from ds_tokimg.settings.files import write_folder
+from ds_tokimg.settings.files import check_folder, write_folder
 from ds_tokimg.training.lock import Lock, only_writer
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     """A whole run. Nothing is written before all settings, data and the model have been found to fit, and nothing where
     another run is writing."""
     config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
+    dist.on_first_rank(lambda: check_folder("--output_dir", config.output_dir))
     with only_writer(config.output_dir, dist) as lock:
         _train(config, raw, dist, lock)
 
