@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 
 from ds_tokimg.commands.output import write_json
+from ds_tokimg.engine import environment
 from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
@@ -55,7 +55,7 @@ def _machine(arguments: argparse.Namespace) -> engine_json.Machine:
     """The machine to plan for. DeepSpeed is asked about this one alone."""
     world_size = arguments.world_size
     if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = environment.world_size()
     if world_size < 1:
         raise UserError(f"--world_size {world_size}: expected at least 1")
     if arguments.memory_gb is not None and not 0 < arguments.memory_gb < math.inf:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ds_tokimg.data.run_texts import file_of
 from ds_tokimg.inference.loading import TrainedModel
 from ds_tokimg.settings import formats
 
@@ -22,6 +23,9 @@ def export(trained: TrainedModel, output: Path) -> None:
         trained.model.save_pretrained(staging)
         (staging / formats.TEXT).write_text(trained.format.description() + "\n", encoding="utf-8")
         trained.tokenizer.save_pretrained(staging / "tokenizer")
+        known = file_of(trained.path)
+        if known.is_file():
+            shutil.copyfile(known, staging / formats.DATA)
         if there:
             for path in sorted(staging.iterdir(), key=lambda path: path.name == formats.MODEL):
                 os.replace(path, output / path.name)

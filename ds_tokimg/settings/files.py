@@ -12,6 +12,14 @@ from pathlib import Path
 from ds_tokimg.errors import UserError
 
 
+def absolute(place: str) -> str:
+    """The absolute form of a path that exists, also before the weight in `PATH:WEIGHT`; anything else as it is."""
+    path, colon, weight = place, "", ""
+    if not os.path.exists(place):
+        path, colon, weight = place.rpartition(":")
+    return os.path.abspath(path) + colon + weight if path and os.path.exists(path) else place
+
+
 def write_text(path: str | Path, text: str, end: str = "\n") -> None:
     """Replace a file by one that holds `text` and `end`, and is on the disk when this returns."""
     path = Path(path)

@@ -1,5 +1,6 @@
 """Users' mistakes: one clear message, exit code 2, no traceback, nothing written. And the help of every command."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_tokimg.__main__ import COMMANDS, main
+from ds_tokimg.settings.command_line import build_parser, path
 from tests.support.exports import write_export
 from tests.support.runs import small_flags, train_in_ranks, write_corpus
 
@@ -146,6 +148,16 @@ def test_mistakes_in_the_data(name, content, expected, tmp_path, capsys):
 )
 def test_mistakes_with_checkpoints(flags, expected, run, capsys):
     assert expected in refused(capsys, *[str(run) if flag == "RUN" else flag for flag in flags])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_that_takes_a_path_knows_the_home_folder(command):
+    module = importlib.import_module(f"ds_tokimg.commands.{command}")
+    parser = build_parser("train", "") if command == "train" else module._parser()
+    flags = [a for a in parser._actions if a.metavar in ("PATH", "DIR", "FILE", "FILE.gif", "WHICH")]
+    assert flags
+    for action in flags:
+        assert action.type is path, action.option_strings
 
 
 @pytest.mark.parametrize(
