@@ -88,7 +88,7 @@ class Measured:
     """On which texts a model was measured.
 
     split: train, eval or all. texts: how many. texts_of: how many there are, in all splits.
-    texts_in_training: how many of them the model was trained on, None where the run does not say. exact: whether that
+    texts_in_training: how many of them the model was trained on, None where that is not known. exact: whether that
         is counted, not estimated.
     """
 
@@ -103,7 +103,7 @@ class Measured:
         which = {"all": "all", "eval": "the held-out", "train": "the training"}[self.split]
         line = f"measured on {which} texts: {self.texts:,} of {self.texts_of:,}; "
         if self.texts_in_training is None:
-            return line + "how many of them were in training, the run does not say"
+            return line + "whether they were in training is not known of this model"
         if not self.texts_in_training:
             return line + "none of them was in training"
         about = "" if self.exact else "about "
@@ -127,7 +127,7 @@ def open_texts(
     if split == "auto":
         split = "eval" if _holds_training_texts(trained, texts, whole, data_path) else "all"
     dataset = whole if split == "all" else open_split(split=split)
-    count = None if texts is None else texts.known.count(dataset.hashes)
+    count = None if texts is None else texts.count_in_training(dataset.hashes)
     of = whole.num_documents + (dataset.num_documents if split == "eval" and dataset.own.any() else 0)
     return dataset, Measured(split, dataset.num_documents, of, count, texts is None or texts.known.all)
 

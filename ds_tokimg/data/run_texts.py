@@ -22,7 +22,14 @@ from ds_tokimg.settings import formats
 # Training texts that a run knows, each: 8 bytes. Of more it knows those with the smallest hashes, which are a sample.
 MOST_KNOWN = 1 << 15
 
-_KEYS = {"training": list[str], "validation": list[str], "weights": list[float], "known": str, "all_known": bool}
+_KEYS = {
+    "training": list[str],
+    "validation": list[str],
+    "weights": list[float],
+    "from_start": bool,
+    "all_known": bool,
+    "known": str,
+}
 
 
 def file_of(folder: Path) -> Path:
@@ -67,12 +74,18 @@ class Known:
 
 @dataclass(frozen=True)
 class RunTexts:
-    """The texts of a run. weights: of its paths, as shares; empty without."""
+    """The texts of a run.
+
+    weights: of its paths, as shares; empty without. known: its training texts, and those of the weights that it began
+        with. from_start: whether that is all that the model has been trained on; else it began with weights that do not
+        say.
+    """
 
     training: Fingerprint
     validation: Fingerprint
     weights: tuple[float, ...]
     known: Known
+    from_start: bool = True
 
     @classmethod
     def of(cls, train_set: TokenImageDataset, eval_set: TokenImageDataset) -> RunTexts:
@@ -81,9 +94,16 @@ class RunTexts:
         training, validation = train_set.corpus.fingerprint, eval_set.corpus.fingerprint
         return cls(training, validation, tuple(weights.round(9).tolist()), known)
 
-    def after(self, before: RunTexts) -> RunTexts:
-        """Of a run that goes on with these: its model knows the earlier ones too."""
-        return replace(self, known=before.known.joined(self.known))
+    def after(self, before: RunTexts | None) -> RunTexts:
+        """Of a model that is trained on with these: it knows the earlier ones too. None: they are not known."""
+        if before is None:
+            return replace(self, from_start=False)
+        return replace(self, known=before.known.joined(self.known), from_start=before.from_start)
+
+    def count_in_training(self, hashes: np.ndarray) -> int | None:
+        """How many of other texts the model was trained on, see `Known.count`; None where none is known to be, and not
+        all is known."""
+        return self.known.count(hashes) or (0 if self.from_start else None)
 
     def changes(self, before: RunTexts) -> list[str]:
         """What differs from the texts that the run had, a sentence each."""
@@ -103,9 +123,10 @@ class RunTexts:
 
     def description(self) -> str:
         """As JSON: the content of data.json."""
-        values = {"training": self.training, "validation": self.validation, "weights": self.weights}
+        values: dict = {"training": self.training, "validation": self.validation, "weights": self.weights}
         known = base64.b64encode(self.known.hashes.astype("<u8").tobytes()).decode()
-        return json.dumps({"format": formats.FORMAT, **values, "all_known": self.known.all, "known": known}, indent=1)
+        values |= {"from_start": self.from_start, "all_known": self.known.all, "known": known}
+        return json.dumps({"format": formats.FORMAT, **values}, indent=1)
 
     @classmethod
     def load(cls, path: Path) -> RunTexts | None:
@@ -121,4 +142,5 @@ class RunTexts:
             formats.refuse(path, [f"damaged: {error}"])
             raise
         formats.refuse(path, [] if len(hashes) else ["it knows no text"])
-        return cls(training, validation, tuple(values["weights"]), Known(hashes.astype(np.uint64), values["all_known"]))
+        known = Known(hashes.astype(np.uint64), values["all_known"])
+        return cls(training, validation, tuple(values["weights"]), known, values["from_start"])

@@ -315,6 +315,8 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
             )
         if self.noisy_depth and not self.block_size:
             problems.append(f"--noisy_depth {self.noisy_depth} is for texts from left to right: give --block_size")
+        if self.accept_other_texts and self.resume is None:
+            problems.append("--accept_other_texts is for a run that goes on: give --resume, or leave it out")
         if self.resume is not None and self.init_from is not None:
             problems.append("--resume continues a run and --init_from starts one: give only one of them")
         return problems

@@ -14,10 +14,10 @@ from ds_tokimg.errors import UserError
 
 def absolute(place: str) -> str:
     """The absolute form of a path that exists, also before the weight in `PATH:WEIGHT`; anything else as it is."""
-    path, colon, weight = place, "", ""
-    if not os.path.exists(place):
-        path, colon, weight = place.rpartition(":")
-    return os.path.abspath(path) + colon + weight if path and os.path.exists(path) else place
+    path, colon, weight = place.rpartition(":")
+    if os.path.exists(place) or not weight.replace(".", "", 1).isdecimal():
+        path, colon, weight = place, "", ""
+    return os.path.abspath(path) + colon + weight if os.path.exists(path) else place
 
 
 def write_text(path: str | Path, text: str, end: str = "\n") -> None:

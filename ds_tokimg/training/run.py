@@ -49,7 +49,7 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     dist.on_first_rank(lock.take)
     dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
-    dist.on_first_rank(lambda: write_texts(config, parts, before))
+    dist.on_first_rank(lambda: write_texts(config, parts, resumed))
     check_shared(config, dist)
     engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
     if resumed:
@@ -142,18 +142,23 @@ def check_texts(config: TrainConfig, parts: Parts, resumed: Path | None) -> tupl
     changes = RunTexts.of(parts.train_set, parts.eval_set).changes(before)
     if changes and not config.accept_other_texts:
         raise_problems(
-            f"{' '.join(config.data_path)} is not what the run was trained on, and it would be another run (give "
-            "--data_path of its own texts, or --accept_other_texts to go on with these: then their order and the "
-            "held-out texts are others, and the best validation begins anew):",
+            f"{' '.join(config.data_path)}: not the texts that the run was trained on (name its own, or go on with "
+            "these: --accept_other_texts; then their order and the held-out texts are others, and the best validation "
+            "begins anew):",
             changes,
         )
     return before, [f"other texts than before, as accepted: {change}" for change in changes]
 
 
-def write_texts(config: TrainConfig, parts: Parts, before: RunTexts | None) -> None:
-    """data.json: by what the run's texts are known again."""
+def write_texts(config: TrainConfig, parts: Parts, resumed: Path | None) -> None:
+    """data.json: by what the run's texts are known again, and those of the run or the weights that it goes on from."""
+    from ds_tokimg.inference.loading import find_folder
+
     texts = RunTexts.of(parts.train_set, parts.eval_set)
-    write_text(Path(config.output_dir) / formats.DATA, (texts if before is None else texts.after(before)).description())
+    start = find_folder(Path(config.init_from)) if config.init_from else resumed
+    if start is not None:
+        texts = texts.after(RunTexts.load(file_of(start)))
+    write_text(Path(config.output_dir) / formats.DATA, texts.description())
 
 
 def check_shared(config: TrainConfig, dist: Dist) -> None:

@@ -13,6 +13,7 @@ from ds_tokimg.data.run_texts import Known, RunTexts
 from ds_tokimg.data.sources import find_all
 from ds_tokimg.errors import UserError
 from ds_tokimg.tokens.tokenizer import train_tokenizer
+from tests.support.exports import word_tokenizer
 
 LINES = [f"the old house number {i} by the sea" for i in range(200)]
 
@@ -179,19 +180,6 @@ def test_a_run_that_went_on_with_other_texts_knows_both(monkeypatch):
 
 
 # ---- tokenizers that lose text ----
-
-
-def word_tokenizer(lowercase: bool = False):
-    """A vocabulary of the words of LINES' first line; all other words are [UNK]."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(["[UNK]", "<eos>", "▁the", "▁old", "▁house", "▁by", "▁sea"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    if lowercase:
-        backend.normalizer = normalizers.Lowercase()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<eos>")
 
 
 @pytest.mark.parametrize(

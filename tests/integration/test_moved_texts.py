@@ -99,7 +99,7 @@ def test_other_texts_are_refused_or_accepted_aloud(home, place, capsys):
         file.write("one more text about a boat\n")
     before = metrics(place / "run")
     message = refused(capsys, ["train", *resumed(place, "--data_path", grown)])
-    assert "is not what the run was trained on" in message and "--accept_other_texts" in message
+    assert "not the texts that the run was trained on" in message and "--accept_other_texts" in message
     assert "the training texts, or their order, are others" in message
     assert metrics(place / "run") == before
     state = place / "run" / "checkpoints" / "step_00000004" / "trainer_state.json"
@@ -156,7 +156,21 @@ def test_training_texts_are_said_aloud(home, place, capsys):
     assert 340 < figures["texts_in_training"] < 400 == figures["texts"]
     (place / "run" / "data.json").unlink()  # a run of an earlier version: its paths are all that it says
     line, figures = measured(capsys, place / "run", data)
-    assert figures["split"] == "all" and "the run does not say" in line
+    assert figures["split"] == "all" and "whether they were in training is not known" in line
+
+
+def test_a_tuned_model_knows_the_texts_of_the_weights_that_it_began_with(home, place, capsys):
+    new = place / "new.txt"
+    new.write_text("".join(f"a boat on the river {i}\n" for i in range(40)))
+    flags = small_flags(new, place / "tuned", "--init_from", place / "run", "--max_steps", 1)
+    train_in_ranks(1, flags)
+    _, figures = measured(capsys, place / "tuned", place / "texts" / "renamed.txt", "--split", "train")
+    assert figures["texts_in_training"] == figures["texts"] > 340
+    (place / "run" / "data.json").unlink()
+    train_in_ranks(1, [*flags, "--output_dir", str(place / "again")])
+    assert measured(capsys, place / "again", new, "--split", "train")[1]["texts_in_training"] > 30
+    line, figures = measured(capsys, place / "again", place / "texts" / "renamed.txt")
+    assert figures["texts_in_training"] is None and "is not known" in line
 
 
 def test_validation_texts_that_are_trained_on_are_counted(home, tmp_path):

@@ -83,6 +83,7 @@ def test_all_mistakes_are_listed_at_once():
         ),
         (["--max_tokens", "5000"], "--max_tokens 5000: an image of --img_size 64 with --token_size 1 holds 4096"),
         (["--resume", "--init_from", "x"], "give only one of them"),
+        (["--accept_other_texts"], "is for a run that goes on: give --resume"),
         (["--vocab_size", "100"], "--vocab_size 100: expected at least 257"),
         (["--eval_fraction", "1"], "--eval_fraction 1.0: expected at least 0 and less than 1"),
         (["--recipe", "reference", "--posterior", "tokens"], "drop --posterior tokens"),

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ds_tokimg.errors import UserError
-from ds_tokimg.settings.files import check_file, check_folder
+from ds_tokimg.settings.files import absolute, check_file, check_folder
 
 
 @pytest.fixture
@@ -19,6 +19,18 @@ def place(tmp_path):
     (tmp_path / "to_folder").symlink_to(tmp_path / "folder")
     (tmp_path / "to_file").symlink_to(tmp_path / "file")
     return tmp_path
+
+
+def test_absolute_paths(place, monkeypatch):
+    """What exists, with or without a weight; names of data sets stay, also beside a folder of that name."""
+    monkeypatch.chdir(place / "folder")
+    assert absolute("../file") == absolute("./../file") == str(place / "file")
+    assert absolute("../file:0.7") == f"{place}/file:0.7" and absolute("../to_file:2") == f"{place}/to_file:2"
+    (place / "folder" / "a:2").write_text("")
+    assert absolute("a:2") == f"{place}/folder/a:2"
+    (place / "folder" / "owner" / "name").mkdir(parents=True)
+    for name in ("owner/name:english", "none.txt", "none.txt:0.7", "owner/other", ""):
+        assert absolute(name) == name
 
 
 def everything(folder) -> list[str]:
