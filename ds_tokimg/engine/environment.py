@@ -40,7 +40,7 @@ def complete(devices: int, variables: MutableMapping[str, str] = os.environ) -> 
         "RANK and WORLD_SIZE for a run of one process):",
         problems,
     )
-    variables.setdefault("WORLD_SIZE", "1")
+    variables.update(RANK=str(rank), WORLD_SIZE=str(size))
     if size == 1:
         variables.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | _given(variables))
     if _number(variables, "LOCAL_RANK") is None:

@@ -19,7 +19,7 @@ def test_a_plain_process_is_the_only_rank():
     assert completed() == alone
     assert completed(WORLD_SIZE="1") == alone  # some platforms set it for every process
     assert completed(RANK="0") == completed(RANK="0", WORLD_SIZE="1") == alone
-    assert completed(RANK="", WORLD_SIZE=" ") == alone
+    assert completed(RANK="", WORLD_SIZE=" ") == completed(RANK="0", WORLD_SIZE="") == alone
     assert completed(RANK="0", WORLD_SIZE="1", **ADDRESS) == alone | ADDRESS
 
 
