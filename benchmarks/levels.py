@@ -69,7 +69,7 @@ def main() -> None:
     trained = load_trained(arguments.checkpoint)
     if trained.format.enable_condition:
         parser.error("not for models with conditions")
-    dataset = open_texts(trained, arguments.data_path)
+    dataset, _ = open_texts(trained, arguments.data_path)
     texts = [dataset.ids(i) for i in range(min(arguments.texts, len(dataset)))]
     band = bound_range(trained.layout.codec.radix)
     edges = np.linspace(band.low, band.high, 13)

@@ -98,6 +98,7 @@ def settings() -> str:
             ["on resume", "meaning"],
             [
                 [command_line.FIXED, "the run's own; a flag with another value is a mistake"],
+                ["the same texts, wherever they lie", "another path may be given; other texts there are refused"],
                 ["may change", "the run's own, unless a flag says otherwise"],
                 [command_line.LAUNCH, "never taken over: what the flag says now, or the default"],
             ],

@@ -3,9 +3,12 @@
 Exit code 0 on success, 2 on a mistake of the user (one message, no traceback), 1 on a failure of our own.
 """
 
+import getpass
 import importlib
+import io
 import os
 import sys
+import tempfile
 
 from ds_tokimg import __version__
 from ds_tokimg.errors import UserError, nearest
@@ -54,12 +57,28 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def give_a_home() -> None:
+    """A process without a home folder and a name (a container's user that is in no list of users) gets both, as the
+    libraries that we use ask for them: a folder for temporary files."""
+    if not os.environ.get("HOME") and os.path.expanduser("~") == "~":
+        os.environ["HOME"] = os.path.join(tempfile.gettempdir(), f"ds_tokimg-{os.getuid()}")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = f"user-{os.getuid()}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The entry point: a UserError becomes one message, printed once a host whatever its number of ranks."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal or a log cannot write (samples are any text) is shown as \u2192, not the end of the program.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    give_a_home()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" if error.is_printed is None else error.is_printed:
             print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -9,7 +9,12 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user: what was wrong, where, how to fix it. Shown without a traceback, exit code 2."""
+    """A mistake of the user: what was wrong, where, how to fix it. Shown without a traceback, exit code 2.
+
+    is_printed: whether this process prints it; None, before the ranks of a run have met: the first one of each host.
+    """
+
+    is_printed: bool | None = None
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +13,11 @@ from ds_tokimg.commands.flags import parser_with_model
 from ds_tokimg.commands.output import write_json
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings.command_line import path
+from ds_tokimg.settings.files import check_file
 
 if TYPE_CHECKING:
     from ds_tokimg.data.dataset import TokenImageDataset
+    from ds_tokimg.data.run_texts import RunTexts
     from ds_tokimg.inference.loading import TrainedModel
     from ds_tokimg.training.bound import Bound
 
@@ -23,6 +28,8 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.noise_levels is not None and arguments.noise_levels < 1:
         raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
+    if arguments.json:
+        check_file("--json", arguments.json)
     from ds_tokimg.inference.loading import load_trained
     from ds_tokimg.training.bound import DEFAULT_LEVELS, BoundOptions, bound_of
     from ds_tokimg.training.objective import TrainingLoss
@@ -32,7 +39,7 @@ def main(argv: list[str]) -> int:
         writing = trained.model.writing.asked(arguments.block_size, arguments.many_steps)
     except ValueError as error:
         raise UserError(f"--block_size {arguments.block_size}: {error}") from None
-    dataset = open_texts(trained, arguments.data_path, arguments.split, arguments.cache_dir)
+    dataset, measured = open_texts(trained, arguments.data_path, arguments.split, arguments.cache_dir)
     if not len(dataset):
         raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
     module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
@@ -41,9 +48,10 @@ def main(argv: list[str]) -> int:
     bound = bound_of(module, trained.format, dataset, writing, options=options)
     for note in dataset.notes:
         print(f"note: {note}")
+    print(measured.sentence())
     report(bound, trained.path, " ".join(arguments.data_path))
     if arguments.json:
-        write_json(arguments.json, as_json(bound))
+        write_json(arguments.json, as_json(bound) | dataclasses.asdict(measured))
     return 0
 
 
@@ -75,24 +83,72 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_texts(trained: TrainedModel, data_path, split: str = "auto", cache_dir=None) -> TokenImageDataset:
-    """The texts of a path, or of several, as the model's images."""
-    from ds_tokimg.data.text_format import absolute, dataset_of
+@dataclass(frozen=True)
+class Measured:
+    """On which texts a model was measured.
+
+    split: train, eval or all. texts: how many. texts_of: how many there are, in all splits.
+    texts_in_training: how many of them the model was trained on, None where that is not known. exact: whether that
+        is counted, not estimated.
+    """
+
+    split: str
+    texts: int
+    texts_of: int
+    texts_in_training: int | None
+    exact: bool
+
+    def sentence(self) -> str:
+        """What was measured on, in one line."""
+        which = {"all": "all", "eval": "the held-out", "train": "the training"}[self.split]
+        line = f"measured on {which} texts: {self.texts:,} of {self.texts_of:,}; "
+        if self.texts_in_training is None:
+            return line + "whether they were in training is not known of this model"
+        if not self.texts_in_training:
+            return line + "none of them was in training"
+        about = "" if self.exact else "about "
+        return f"{line}{about}{self.texts_in_training:,} of them WERE IN TRAINING: new text costs more than this"
+
+
+def open_texts(
+    trained: TrainedModel, data_path, split: str = "auto", cache_dir=None
+) -> tuple[TokenImageDataset, Measured]:
+    """The texts of a path, or of several, as the model's images, and which texts these are.
+
+    `auto`: where some of the texts were in training, those that were held out; else all. They are known by their
+    content, wherever they lie.
+    """
+    from ds_tokimg.data.run_texts import RunTexts, file_of
+    from ds_tokimg.data.text_format import dataset_of
 
     data_path = [data_path] if isinstance(data_path, str | Path) else list(data_path)
-    text_format = trained.format
+    open_split = partial(dataset_of, trained.format, trained.layout, trained.tokenizer, data_path, cache_dir=cache_dir)
+    texts, whole = RunTexts.load(file_of(trained.path)), open_split(split="all")
     if split == "auto":
-        # Held out by their own words, so that some of a run's paths hold the same ones as all of them.
-        trained_on = set(absolute([str(path) for path in data_path])) <= set(text_format.data_path)
-        split = "eval" if trained_on and text_format.eval_data_path is None else "all"
-    return dataset_of(text_format, trained.layout, trained.tokenizer, data_path, split, cache_dir)
+        split = "eval" if _holds_training_texts(trained, texts, whole, data_path) else "all"
+    dataset = whole if split == "all" else open_split(split=split)
+    count = None if texts is None else texts.count_in_training(dataset.hashes)
+    of = whole.num_documents + (dataset.num_documents if split == "eval" and dataset.own.any() else 0)
+    return dataset, Measured(split, dataset.num_documents, of, count, texts is None or texts.known.all)
+
+
+def _holds_training_texts(trained: TrainedModel, texts: RunTexts | None, whole: TokenImageDataset, data_path) -> bool:
+    """Whether some of the texts were in training and others were held out of it. By the path where the run does not
+    say more: of a run's paths some hold the same held-out texts as all of them."""
+    from ds_tokimg.data.text_format import absolute
+
+    if trained.format.eval_data_path is not None:
+        return False
+    if texts is None:
+        return set(absolute([str(path) for path in data_path])) <= set(trained.format.data_path)
+    return texts.known.count(whole.hashes) > 0
 
 
 def as_json(bound: Bound) -> dict:
     """The figures of the contract, and what puts them into perspective."""
     return {
         "bits_per_token": bound.bits_per_token,
-        "bits_per_byte": bound.bits_per_byte,
+        "bits_per_byte": None if bound.loses_text else bound.bits_per_byte,
         "standard_error": bound.standard_error,
         "tokens": int(bound.tokens.sum()),
         "bytes": bound.num_bytes,
@@ -105,9 +161,10 @@ def as_json(bound: Bound) -> dict:
 
 def report(bound: Bound, checkpoint: Path, data_path: str) -> None:
     print(f"{checkpoint} on {data_path}: {len(bound.tokens)} images, {bound.tokens.sum():,} tokens")
+    per_byte = "not given: the tokenizer loses text" if bound.loses_text else f"{bound.bits_per_byte:.4f}"
     print(
         f"  bits per token {bound.bits_per_token:.4f} +- {1.96 * bound.standard_error:.4f} (95 %)   "
-        f"bits per byte {bound.bits_per_byte:.4f}"
+        f"bits per byte {per_byte}"
     )
     print(
         f"  loss {bound.loss:.4f}   token accuracy {bound.token_accuracy:.3f}   "

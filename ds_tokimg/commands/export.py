@@ -10,15 +10,14 @@ import argparse
 from pathlib import Path
 
 from ds_tokimg.commands.flags import parser_with_model
-from ds_tokimg.errors import UserError
 from ds_tokimg.settings.command_line import path
+from ds_tokimg.settings.files import check_folder
 
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     output = Path(arguments.output)
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError(f"--output {output} exists and is not empty: choose another folder")
+    check_folder("--output", output, empty=True)
     from ds_tokimg.inference.export import export
     from ds_tokimg.inference.loading import load_trained
 

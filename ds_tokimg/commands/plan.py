@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 
 from ds_tokimg.commands.output import write_json
+from ds_tokimg.engine import environment
 from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
+from ds_tokimg.settings.files import check_file
 
 GIGABYTE = 1e9
 
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> int:
     config, arguments = parse(_parser(argv), argv)
     if config.resume is not None:
         raise UserError("plan shows a run from its first step: leave --resume out")
+    if arguments.json:
+        check_file("--json", arguments.json)
     raw = engine_json.read(config.deepspeed_config)
     machine = _machine(arguments)
     # Mistakes in the JSON are reported before the data is read.
@@ -52,7 +55,7 @@ def _machine(arguments: argparse.Namespace) -> engine_json.Machine:
     """The machine to plan for. DeepSpeed is asked about this one alone."""
     world_size = arguments.world_size
     if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = environment.world_size()
     if world_size < 1:
         raise UserError(f"--world_size {world_size}: expected at least 1")
     if arguments.memory_gb is not None and not 0 < arguments.memory_gb < math.inf:

@@ -15,6 +15,7 @@ from ds_tokimg.commands.output import write_json
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
+from ds_tokimg.settings.files import check_file, check_folder
 
 if TYPE_CHECKING:
     from ds_tokimg.training.assemble import Parts
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> int:
         raise UserError("preview shows the data of a run from its first step: leave --resume out")
     if arguments.num_texts < 0:
         raise UserError(f"--num_texts {arguments.num_texts}: at least 0")
+    if arguments.json:
+        check_file("--json", arguments.json)
+    if arguments.save_images:
+        check_folder("--save_images", arguments.save_images)
     raw = engine_json.read(config.deepspeed_config)
     if not arguments.save_images:  # learning colours takes time, and nobody would see them
         config = dataclasses.replace(config, palette="id")

@@ -25,18 +25,26 @@ def main(argv: list[str]) -> int:
     # Torch and DeepSpeed take seconds to import: help and mistakes are answered before.
     with quiet():
         from ds_tokimg.engine.engine import init_distributed
+        from ds_tokimg.engine.mistakes import Mistakes
     from ds_tokimg.training.run import train
 
     dist = init_distributed()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("ds_tokimg").setLevel(logging.INFO if dist.rank == 0 else logging.ERROR)
+    mistakes = Mistakes(dist)
     try:
         train(config, raw, dist)
-    except TrainingError as error:
+    except UserError as mistake:
+        mistakes.tell(mistake)
+        dist.leave()
+        mistakes.wait()
+        raise
+    except RuntimeError as error:  # a rank that has left
+        if mistakes.found_elsewhere():
+            return 2
+        if not isinstance(error, TrainingError):
+            raise
         if dist.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 1
-    except UserError:
-        dist.leave()
-        raise
     return 0

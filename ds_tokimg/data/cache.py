@@ -24,8 +24,8 @@ class DamagedCache(Exception):
     """A cache that is not what was sealed; says which file, and what is wrong with it."""
 
 
-def seal(folder: Path, told: list[str]) -> None:
-    """Writes the manifest of a complete folder, with lines that are worth telling again, and all of it to the disk."""
+def seal(folder: Path, told: Any) -> None:
+    """Writes the manifest of a complete folder, with what is worth telling again (JSON), and all of it to the disk."""
     files = {file.name: _stamp(file) for file in sorted(folder.iterdir())}
     manifest: dict[str, Any] = {"files": files, "told": told}
     manifest["checksum"] = _checksum(manifest)
@@ -44,7 +44,7 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def check(folder: Path) -> list[str]:
+def check(folder: Path) -> Any:
     """What was told when the folder was sealed. Raises DamagedCache."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 `datasets` maps the tokeniser over the corpus in parallel and writes Arrow files; a later start opens these without
 importing `datasets`. Documents lie end to end in a few large buffers, so a stretch of tokens is a slice of the file
 and nothing is copied. The cache's key is made of the files (path, size, time), how they are read, the tokenizer and
-the settings.
+the settings; what the texts are, wherever they lie, says their fingerprint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from ds_tokimg.tokens import tokenizer as tokenizers
 
 logger = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 # Below this a second process costs more to start than it saves; the Rust library's threads then share the work.
 _BYTES_PER_PROCESS = 8 << 20
 # `datasets` cuts what it writes into pieces of this many rows: never, long buffers are the point.
@@ -68,16 +68,53 @@ def _array(column: Any) -> np.ndarray:
     return np.from_dlpack(column)
 
 
+class Fingerprint(NamedTuple):
+    """Digests of a corpus: equal for the same documents in the same order, wherever they lie and however they are cut
+    into files."""
+
+    texts: str  # of the records' words
+    tokens: str  # of the ids that they became, of prompts and texts
+
+    @classmethod
+    def of(cls, batches: list[Any]) -> Fingerprint:
+        """Reads all of a corpus once."""
+        columns = {"texts": ["hash"], "tokens": ["ids", "prompt_ids"]}
+        return cls(
+            **{kind: _digest([_column_digest(batches, name) for name in names]) for kind, names in columns.items()}
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Fingerprint]) -> Fingerprint:
+        """Of several corpora, one after the other."""
+        return parts[0] if len(parts) == 1 else cls(*map(_digest, zip(*parts, strict=True)))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _column_digest(batches: list[Any], name: str) -> str:
+    """The same however the column is cut into batches."""
+    values, lengths = hashlib.blake2b(), hashlib.blake2b()
+    for column in (batch.column(name) for batch in batches):
+        is_list = hasattr(column, "offsets")
+        values.update(_array(column.values if is_list else column).data)
+        if is_list:
+            lengths.update(np.diff(_array(column.offsets)).data)
+    return values.hexdigest() + lengths.hexdigest()
+
+
 class Corpus:
     """The documents of one source or of several, as columns of memory-mapped Arrow batches.
 
     tokens: each document's scored ids, EOS at its end. prompts: its prompt's ids.
     lengths, prompt_lengths: int32 [documents].
     parts: where the documents of each source begin, int64 [sources + 1]. notes: what a person should know about them.
+    fingerprint: what the texts are. loses_text: whether the tokenizer does not give all of the text back.
     """
 
-    def __init__(self, batches: list[Any], notes: Sequence[str] = ()):
-        self._batches, self.notes = batches, list(notes)
+    def __init__(self, batches: list[Any], fingerprint: Fingerprint, loses_text: bool, notes: Sequence[str] = ()):
+        self._batches, self.fingerprint, self.loses_text, self.notes = batches, fingerprint, loses_text, list(notes)
         self.tokens, self.lengths = self._texts("ids")
         self.prompts, self.prompt_lengths = self._texts("prompt_ids")
         self.parts = np.array([0, len(self)])
@@ -87,9 +124,13 @@ class Corpus:
         """One corpus with the documents of all, one after the other."""
         if len(corpora) == 1:
             return corpora[0]
-        whole = cls([batch for corpus in corpora for batch in corpus._batches])
+        whole = cls(
+            [batch for corpus in corpora for batch in corpus._batches],
+            Fingerprint.joined([corpus.fingerprint for corpus in corpora]),
+            any(corpus.loses_text for corpus in corpora),
+            [note for corpus in corpora for note in corpus.notes],
+        )
         whole.parts = np.cumsum([0, *map(len, corpora)])
-        whole.notes = [note for corpus in corpora for note in corpus.notes]
         return whole
 
     def _texts(self, name: str) -> tuple[TokenStream, np.ndarray]:
@@ -246,23 +287,24 @@ def _build(tokenise: Tokenise, folder: Path, num_proc: int | None) -> None:
     try:
         tokenise = dataclasses.replace(tokenise, tallies=temporary)
         documents = _map(tokenise, temporary, num_proc or _processes(source))
-        told = _collect(temporary, source)
+        tally = _collect(temporary)
         if documents == 0:
-            raise _empty(source.name, told)
-        seal(temporary, told)
+            raise _empty(source.name, tally.notes(source.name))
+        fingerprint = Fingerprint.of(_batches(temporary))
+        seal(temporary, {"tally": dataclasses.asdict(tally), "fingerprint": fingerprint})
         os.replace(temporary, folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _collect(folder: Path, source: Source) -> list[str]:
-    """What the groups came upon, as lines to tell."""
+def _collect(folder: Path) -> Tally:
+    """What the groups came upon."""
     whole = Tally()
     for file in sorted(folder.glob("*.tally")):
         whole.add(Tally(**json.loads(file.read_text())))
         file.unlink()
-    return whole.notes(source.name)
+    return whole
 
 
 def _empty(name: str, told: Sequence[str] = ()) -> UserError:
@@ -338,11 +380,20 @@ def _open(folder: Path, source: Source) -> Corpus:
     import pyarrow as pa
 
     told = check(folder)
-    batches = []
     try:
-        for file in sorted(folder.glob("*.arrow")):
-            with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
-                batches += [batch for batch in reader if batch.num_rows]
-        return Corpus(batches, [*source.notes, *told])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        tally, fingerprint = Tally(**told["tally"]), Fingerprint(*told["fingerprint"])
+        notes = [*source.notes, *tally.notes(source.name)]
+        return Corpus(_batches(folder), fingerprint, bool(tally.lost), notes)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCache(f"{folder}: {error}") from None
+
+
+def _batches(folder: Path) -> list[Any]:
+    """The memory-mapped Arrow batches of a folder, in order."""
+    import pyarrow as pa
+
+    batches: list[Any] = []
+    for file in sorted(folder.glob("*.arrow")):
+        with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
+            batches += [batch for batch in reader if batch.num_rows]
+    return batches

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         num_proc: processes that tokenise; None for what suits the corpus and the machine.
 
     notes: what a person should know about the texts: files left out, bad records, prompts cut.
+    loses_text: whether the tokenizer does not give all of the text back. weights: of the paths, where they have any.
+    own: bool [paths], which of them set texts apart for validation.
     mixture: how an epoch draws on data paths with weights; None without.
 
     Raises UserError for a path, record, size or option that does not work.
@@ -91,7 +94,8 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             raise UserError(str(error)) from error
         self.max_tokens = _check_max_tokens(max_tokens, self.codec.capacity(img_size))
         sources = find_all(data_path, read)
-        own = np.array([source.validation is not None for source in sources])
+        self.own = np.array([source.validation is not None for source in sources])
+        self.weights = [source.weight for source in sources if source.weight is not None]
         if split == "eval" and eval_fraction:
             sources = [source.validation or source for source in sources]
         self.corpus = load_corpus(
@@ -102,8 +106,10 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             cache_dir=cache_dir,
             num_proc=num_proc,
         )
-        self.enable_condition = enable_condition
-        documents = _split(self.corpus, own, split, eval_fraction, " ".join(source.name for source in sources))
+        self.enable_condition, self.loses_text = enable_condition, self.corpus.loses_text
+        name = " ".join(source.name for source in sources)
+        self._chosen = partial(_split, self.corpus, self.own, split, eval_fraction, name)
+        documents = self._chosen()
         self.num_documents = len(documents)
         self.num_bytes = int(self.corpus.num_bytes[documents].sum(dtype=np.int64))  # UTF-8, of the scored text
         self._build_index(documents, packing)
@@ -111,14 +117,13 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.mixture = None if split == "eval" else self._mixture(sources)
 
     def _mixture(self, sources: list[Source]) -> Mixture | None:
-        weights = [source.weight for source in sources if source.weight is not None]
-        if not weights:
+        if not self.weights:
             return None
         counts = np.bincount(self._source_of, minlength=len(sources))
         empty = [source.name for source, count in zip(sources, counts, strict=True) if not count]
         if empty:
             raise UserError(f"no text of {', '.join(empty)} is left to train on: leave it out, or give no weights")
-        return Mixture(self._source_of, weights)
+        return Mixture(self._source_of, self.weights)
 
     def _cut_prompts(self, documents: np.ndarray) -> list[str]:
         """Says how many prompts are longer than an image."""
@@ -231,6 +236,11 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             whole = np.where(prompts > 0, prompts + self._tokens_before, 0)
             lengths[self._num_packed :] = np.minimum(whole, self.max_tokens)
         return lengths
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """Of each document, see `Corpus.hashes`. Read from the file each time."""
+        return self.corpus.hashes[self._chosen()]
 
     @property
     def num_tokens(self) -> int:

@@ -155,6 +155,7 @@ class Tally:
 
     bad: records left out. example: one of them, with its problem. lines: texts that were a line of a text file.
     broken_off: those of them that are shorter than a line of prose and end without an end of sentence.
+    lost: of the texts that were tried, those that the tokenizer does not give back. lost_example: what became of one.
     """
 
     skip_bad: bool = False
@@ -162,6 +163,8 @@ class Tally:
     example: str = ""
     lines: int = 0
     broken_off: int = 0
+    lost: int = 0
+    lost_example: str = ""
 
     def reject(self, where: Callable[[], str], problem: str) -> None:
         """A bad record: counts it, or raises UserError. `where` names its file and line: that takes time to find."""
@@ -178,6 +181,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.bad, self.example = self.bad + other.bad, self.example or other.example
         self.lines, self.broken_off = self.lines + other.lines, self.broken_off + other.broken_off
+        self.lost, self.lost_example = self.lost + other.lost, self.lost_example or other.lost_example
 
     def notes(self, name: str) -> list[str]:
         """One line for each thing to know about the corpus `name`."""
@@ -189,5 +193,10 @@ class Tally:
                 f"{name}: {self.broken_off:,} of {self.lines:,} texts are lines of less than {_LINE_OF_PROSE} "
                 "characters that end within a sentence; if line breaks only wrap the text there, give --document "
                 "paragraph (blank lines part the texts) or file"
+            )
+        if self.lost:
+            notes.append(
+                f"{name}: the tokenizer loses text ({self.lost_example}): bits per byte would not pay for what is "
+                "lost, and are not given"
             )
         return notes

@@ -31,6 +31,10 @@ _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
 _ROWS_PER_GROUP = 2000
 
 
+class MissingTexts(UserError):
+    """There is nothing at a data path."""
+
+
 @dataclass
 class Source:
     """A corpus as found: groups of spans, each about as much work as the next.
@@ -202,7 +206,7 @@ def _listing(files: Iterable[Path], folder: Path) -> str:
 def _find_on_hub(name: str, options: ReadOptions) -> Source:
     """`owner/name` or `owner/name:configuration`: its train split, and its validation split for validation."""
     if format_of(name)[0] or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"no such file or folder: {name}")
+        raise MissingTexts(f"no such file or folder: {name}")
     import datasets
 
     repository, _, configuration = name.partition(":")
@@ -210,7 +214,7 @@ def _find_on_hub(name: str, options: ReadOptions) -> Source:
         splits = dict(datasets.load_dataset(repository, configuration or None))
     except Exception as error:  # network, missing repository, unknown configuration: each library its own
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
+        raise MissingTexts(
             f"{name!r} is no file or folder here, and cannot be loaded as a Hugging Face data set: {reason}"
         ) from error
     kinds = {_SPLITS.get(split, split): split for split in reversed(splits)}

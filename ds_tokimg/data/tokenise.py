@@ -17,6 +17,9 @@ from ds_tokimg.data.records import Conversation, Record, Tally, joined, parts_of
 from ds_tokimg.data.sources import Source
 from ds_tokimg.tokens import tokenizer as tokenizers
 
+# Of every block of texts so many are tried, and of each so many characters: whether the tokenizer gives them back.
+_TRIED, _TRIED_CHARACTERS = 32, 1000
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,10 +48,10 @@ class Tokenise:
         tables: list[Any] = []
         for group in table["group"].to_pylist():
             tally = Tally(self.source.options.skip_bad_records)
-            tables += map(self._documents, _blocks(self._pairs(group, tally)))
+            tables += (self._documents(block, tally) for block in _blocks(self._pairs(group, tally)))
             if self.tallies and tally != Tally(tally.skip_bad):
                 (self.tallies / f"{group:08}.tally").write_text(json.dumps(dataclasses.asdict(tally)))
-        return pa.concat_tables(tables or [self._documents([])])
+        return pa.concat_tables(tables or [self._documents([], Tally())])
 
     def _pairs(self, group: int, tally: Tally) -> Iterator[tuple[Record, str, str]]:
         """(record, prompt that conditions, text that is scored) of each record of a group."""
@@ -60,13 +63,14 @@ class Tokenise:
             else:
                 yield record, *scored
 
-    def _documents(self, found: list[tuple[Record, str, str]]) -> Any:
+    def _documents(self, found: list[tuple[Record, str, str]], tally: Tally) -> Any:
         """Records -> an Arrow table of their documents."""
         import pyarrow as pa
 
         texts = [text for _, _, text in found]
         ids, lengths = self._encode(texts)
         prompts, prompt_lengths = self._encode([prompt for _, prompt, _ in found])
+        self._count_lost([record for record, _, _ in found], ids, lengths, tally)
         sizes = [len(tokenizers.unguarded(self.tokenizer, text).encode()) for text in texts]
         columns = {
             "ids": _list_array(*_end_each(ids, lengths, self.tokenizer.eos_token_id)),
@@ -75,6 +79,19 @@ class Tokenise:
             "hash": pa.array(_hashes([record for record, _, _ in found]), pa.uint64()),
         }
         return pa.table(columns)
+
+    def _count_lost(self, records: list[Record], ids: np.ndarray, lengths: np.ndarray, tally: Tally) -> None:
+        """Records that the tokenizer does not give back: of all those with its token for the unknown, some are tried,
+        and some of the others."""
+        tokenizer = self.tokenizer
+        unknown = tokenizer.get_vocab().get(tokenizer.unk_token or "", tokenizer.eos_token_id)
+        places = np.flatnonzero((ids == unknown) & (unknown != tokenizer.eos_token_id))
+        among = np.unique(np.searchsorted(np.cumsum(lengths), places, side="right"))
+        tally.lost += len(among)
+        for i in {*among[:1].tolist(), *range(0, len(records), -(-len(records) // _TRIED) or 1)}:
+            loss = tokenizers.loss_of(tokenizer, joined(records[i])[: None if i in among[:1] else _TRIED_CHARACTERS])
+            tally.lost += bool(loss) and i not in among
+            tally.lost_example = tally.lost_example or loss
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if not any(texts):

@@ -285,7 +285,7 @@ def _find(output_dir: Path, which: str) -> Path:
 
 def _pointer(root: Path, which: str) -> str | None:
     path = root / which
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
 @contextlib.contextmanager

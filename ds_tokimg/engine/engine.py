@@ -25,7 +25,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
-from ds_tokimg.engine import checkpoint, startup
+from ds_tokimg.engine import checkpoint, environment, startup
 from ds_tokimg.engine.optimizer import AveragedMuon, build_optimizer
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import Shards
@@ -62,8 +62,7 @@ def init_distributed(timeout_minutes: float | None = None) -> Dist:
 
     A rank that hangs ends the others after `timeout_minutes` (default: DEEPSPEED_TIMEOUT in minutes, else 30).
     """
-    if "RANK" not in os.environ:  # port 0: any that is free, as nobody else has to find it
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    environment.complete(get_accelerator().device_count() if get_accelerator().device_name() != "cpu" else 0)
     if timeout_minutes is None:
         timeout_minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MINUTES))
     timeout = timedelta(minutes=timeout_minutes)
@@ -82,7 +81,7 @@ def machine_capabilities():
 
     accelerator = get_accelerator()
     return Machine(
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=environment.world_size(),
         accelerator=accelerator.device_name(),
         bf16=bool(accelerator.is_bf16_supported()),
         fp16=bool(accelerator.is_fp16_supported()),

@@ -14,6 +14,7 @@ from pathlib import Path
 from ds_tokimg import recipes
 from ds_tokimg.errors import UserError, alternatives, nearest, raise_problems
 from ds_tokimg.settings.config import SECTIONS, TrainConfig
+from ds_tokimg.settings.files import absolute
 from ds_tokimg.settings.setting import FIXED, LAUNCH, TEXTS, type_problem, value_problem
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -75,10 +76,15 @@ def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namesp
     changed = [
         f"--{name} is {value!r}, the run has {saved[name]!r}"
         for name, value in given.items()
-        if FIELDS[name].metadata["resume"] == FIXED and saved and value != saved[name]
+        if FIELDS[name].metadata["resume"] == FIXED and saved and _located(value) != _located(saved[name])
     ]
     raise_problems("a resumed run goes on as it began (start another with --init_from to change this):", changed)
     return config, arguments
+
+
+def _located(value):
+    """`./x` and `x` are one path."""
+    return absolute(value) if isinstance(value, str) else value
 
 
 def _recipe_in(argv: Sequence[str]) -> str:
@@ -162,6 +168,8 @@ def _kept(saved: dict) -> dict:
     if not saved:
         return {}
     kept = {name: saved[name] for name, field in FIELDS.items() if field.metadata["resume"] != LAUNCH}
+    if saved["tokenizer_path"] is not None:  # where it came from may be gone; the run has its own copy
+        kept["tokenizer_path"] = str(Path(saved["folder"]) / "tokenizer")
     return kept | {"output_dir": saved["folder"]}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ds_tokimg import choices
 from ds_tokimg.errors import UserError, raise_problems, value_problems
 from ds_tokimg.settings import formats
-from ds_tokimg.settings.files import write_text
+from ds_tokimg.settings.files import absolute, write_text
 from ds_tokimg.settings.setting import (
     CLIPPING,
     COUNT,
@@ -22,6 +22,7 @@ from ds_tokimg.settings.setting import (
     LAUNCH,
     POSITIVE,
     PROPER_SHARE,
+    SAME_TEXTS,
     SHARE,
     WHOLE,
     Range,
@@ -46,9 +47,13 @@ class DataSettings:
     """Which texts are trained on, and how they are cut into samples."""
 
     data_path: list[str] = _path(  # noqa: RUF009
-        (), "files, folders or hub names of texts; PATH:WEIGHT, all of them, for their shares of an epoch", resume=FIXED
+        (),
+        "files, folders or hub names of texts; PATH:WEIGHT, all of them, for their shares of an epoch",
+        resume=SAME_TEXTS,
     )
-    eval_data_path: str | None = _path(None, "validation texts (not given: some documents are held out)", resume=FIXED)
+    eval_data_path: str | None = _path(
+        None, "validation texts (not given: some documents are held out)", resume=SAME_TEXTS
+    )
     eval_fraction: float = _fixed(
         0.05, "share of the documents held out, chosen by a hash of their text; 0: no validation", PROPER_SHARE
     )
@@ -152,6 +157,11 @@ class RunSettings:
         is_path=True,
         metavar="WHICH",
     )
+    accept_other_texts: bool = _launch(
+        False,
+        "with --resume: go on although the texts are not those of the run; then their order, the held-out ones and the "
+        "best validation begin anew",
+    )
     init_from: str | None = _launch(None, "start a new run from the weights of this checkpoint or export", is_path=True)
     save_interval: int = setting(500, "optimiser steps between checkpoints", COUNT)
     eval_interval: int = setting(500, "optimiser steps between validations", COUNT)
@@ -240,6 +250,13 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
         """Tokens that fit in one image."""
         return (self.img_size // self.token_size) ** 2
 
+    def located(self) -> "TrainConfig":
+        """The same settings for any working folder: paths that exist are absolute (links stay links)."""
+        names = ("data_path", "eval_data_path", "tokenizer_path", "cache_dir", "recipe")
+        values = {name: getattr(self, name) for name in names}
+        found = {name: absolute(value) for name, value in values.items() if isinstance(value, str)}
+        return dataclasses.replace(self, data_path=[absolute(place) for place in self.data_path], **found)
+
     def save(self, path: str | Path) -> None:
         """Write all settings as JSON."""
         values = {"format": formats.FORMAT, **dataclasses.asdict(self)}
@@ -251,6 +268,9 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
         unknown or missing settings, or bad values."""
         values = formats.read(path, formats.CONFIG)
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        # What belongs to a launch is never taken over: a file may be older than such a setting.
+        launch = {field.name: field.default for field in dataclasses.fields(cls) if field.metadata["resume"] == LAUNCH}
+        values = launch | values
         problems = value_problems(values, fields)
         formats.refuse(path, problems or cls(**values).problems())
         return cls(**values)
@@ -295,6 +315,8 @@ class TrainConfig(EngineSettings, RunSettings, ObjectiveSettings, ModelSettings,
             )
         if self.noisy_depth and not self.block_size:
             problems.append(f"--noisy_depth {self.noisy_depth} is for texts from left to right: give --block_size")
+        if self.accept_other_texts and self.resume is None:
+            problems.append("--accept_other_texts is for a run that goes on: give --resume, or leave it out")
         if self.resume is not None and self.init_from is not None:
             problems.append("--resume continues a run and --init_from starts one: give only one of them")
         return problems

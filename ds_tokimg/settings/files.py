@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from ds_tokimg.errors import UserError
+
+
+def absolute(place: str) -> str:
+    """The absolute form of a path that exists, also before the weight in `PATH:WEIGHT`; anything else as it is."""
+    path, colon, weight = place.rpartition(":")
+    if os.path.exists(place) or not weight.replace(".", "", 1).isdecimal():
+        path, colon, weight = place, "", ""
+    return os.path.abspath(path) + colon + weight if os.path.exists(path) else place
 
 
 def write_text(path: str | Path, text: str, end: str = "\n") -> None:
@@ -46,3 +58,44 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- whether something can be written, asked before the work that is to be written is done ----
+
+
+def check_file(flag: str, file: str | Path) -> None:
+    """Raise a UserError that names the flag where a file cannot be written; leave everything as it is."""
+    path = Path(os.path.realpath(file))  # of a link what it leads to
+    problem = _folder_problem(path.parent) if path.parent.is_dir() else f"there is no folder {Path(file).parent}"
+    if path.is_dir():
+        problem = "it is a folder: name a file in it"
+    elif path.exists():
+        problem = None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+    if problem:
+        raise UserError(f"{flag} {file} cannot be written: {problem}")
+
+
+def check_folder(flag: str, folder: str | Path, empty: bool = False) -> None:
+    """Raise a UserError that names the flag where no files can be written into a folder, which need not exist yet;
+    leave everything as it is. empty: it may hold nothing either."""
+    path = Path(os.path.realpath(folder))
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if os.path.islink(folder) and there != path:
+        problem: str | None = f"it is a link to {path}, which is not there"
+    elif not there.is_dir():
+        problem = f"{there} is no folder"
+    elif empty and there == path and any(path.iterdir()):
+        raise UserError(f"{flag} {folder} exists and is not empty: choose another folder")
+    else:
+        problem = _folder_problem(there)
+    if problem:
+        raise UserError(f"{flag} {folder} cannot be written: {problem}")
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """Why no file can be made in a folder that exists; None where one was, which is gone again."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

@@ -1,8 +1,9 @@
 """The formats of the JSON files that the trainer writes: their number, how files are read, and old ones upgraded.
 
-Every such file (`config.json`, `model.json`, `text.json`, `trainer_state.json`) says in which format it was written,
-`"format": 1`; files of format 0 do not say it. A file is read by `read` or `read_together`, which hand it over in
-today's format, or raise one UserError that names it. Names of parameters belong to a format too: `parameter_names`.
+Every such file (`config.json`, `model.json`, `text.json`, `trainer_state.json`, `data.json`) says in which format it
+was written, `"format": 1`; files of format 0 do not say it. A file is read by `read` or `read_together`, which hand it
+over in today's format, or raise one UserError that names it. Names of parameters belong to a format too:
+`parameter_names`.
 
 A new format is a new number here, one function in `_UPGRADES`, and, where layers were renamed, an entry in
 `RENAMED_PARAMETERS`. Old files stay readable: tests/formats/ has some of every format.
@@ -27,6 +28,7 @@ CONFIG = "config.json"
 MODEL = "model.json"
 TEXT = "text.json"
 TRAINER_STATE = "trainer_state.json"
+DATA = "data.json"
 
 Files = dict[str, dict]  # the contents of files that belong together, by kind
 

@@ -13,6 +13,7 @@ TEXTS = list[str]  # the type of a flag that takes one or more
 
 # What a resumed run does with a setting.
 FIXED = "fixed for the run"  # another value is another run
+SAME_TEXTS = "the same texts, wherever they lie"  # known by their content when they are read
 MAY_CHANGE = "may change"  # the run's own unless a flag says otherwise
 LAUNCH = "belongs to the launch"  # never taken over from the earlier start
 

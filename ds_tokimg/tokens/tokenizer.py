@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -187,6 +188,19 @@ def encode_part(tokenizer: Tokenizer, text: str, inside: bool) -> np.ndarray:
             return whole[len(before) :]
     print(f"the tokenizer writes {text!r} as {tokenizer.decode(plain)!r}")
     return plain
+
+
+def loss_of(tokenizer: Tokenizer, text: str) -> str:
+    """What becomes of a text that the tokenizer does not give back: `'Hello' becomes 'hello'`, at the first difference;
+    "" where it does, up to a blank at the beginning and equivalent spellings of a character (Unicode's NFC)."""
+    back = str(tokenizer.decode(encode(tokenizer, [text])[0], clean_up_tokenization_spaces=False))
+    wanted, found = (unicodedata.normalize("NFC", side).removeprefix(" ") for side in (text, back))
+    if wanted == found:
+        return ""
+    pairs = enumerate(itertools.zip_longest(wanted, found))
+    place = next(i for i, (one, other) in pairs if one != other)
+    shown = slice(max(0, place - 10), place + 10)
+    return f"{wanted[shown]!r} becomes {found[shown]!r}"
 
 
 def _batch_encoder(tokenizer: Tokenizer, parse_special: bool) -> Callable[[Sequence[str]], Iterable[list[int]]]:

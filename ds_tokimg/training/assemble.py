@@ -50,7 +50,17 @@ class Parts:
     @property
     def notes(self) -> list[str]:
         """What a person should know about the texts, each once."""
-        return list(dict.fromkeys([*self.train_set.notes, *self.eval_set.notes]))
+        return list(dict.fromkeys([*self.train_set.notes, *self.eval_set.notes, *self._trained_and_held_out()]))
+
+    def _trained_and_held_out(self) -> list[str]:
+        """Says how many validation texts are also trained on, where validation has texts of its own."""
+        held_out = self.eval_set.hashes
+        if not len(held_out) or not (self.eval_set.own.any() or self.text_format.eval_data_path):
+            return []
+        common = np.intersect1d(held_out, self.train_set.hashes)
+        count = int(np.isin(held_out, common).sum())
+        more = "also trained on: the validation is better than on new texts"
+        return [f"{count:,} of {len(held_out):,} validation texts are {more}"] if count else []
 
     @cached_property
     def unigram_entropy(self) -> float:

@@ -54,6 +54,7 @@ class Bound:
     token_accuracy: float  # share of tokens read correctly, averaged over the noise levels of the integral
     accuracy_per_level: dict[str, float]  # the same by timestep, "t0-100" …
     invalid_token_rate: float  # share of predictions whose colour is no token
+    loses_text: bool = False  # the tokens do not say all of the text
 
     @property
     def bits_per_token(self) -> float:
@@ -61,7 +62,8 @@ class Bound:
 
     @property
     def bits_per_byte(self) -> float:
-        return float(self.nats.sum() / (math.log(2) * self.num_bytes))
+        """nan where the tokenizer loses text: what is lost would not be paid for."""
+        return math.nan if self.loses_text else float(self.nats.sum() / (math.log(2) * self.num_bytes))
 
     @property
     def standard_error(self) -> float:
@@ -166,6 +168,7 @@ def estimate_bound(
         token_accuracy=correct / seen,
         accuracy_per_level={f"t{low}-{high}": c / n for low, high, (c, _, n) in bins if n},
         invalid_token_rate=invalid / seen,
+        loses_text=dataset.loses_text,
     )
 
 
@@ -229,6 +232,8 @@ class _Sums:
 
 class TextList:
     """A list of token id lists in the shape of a data set."""
+
+    loses_text = False
 
     def __init__(self, texts, prompts=None, num_bytes: int | None = None):
         self._texts = [np.asarray(text, dtype=np.int64) for text in texts]

@@ -57,6 +57,7 @@ class Bits:
     total: float
     tokens: int  # the end of the text included
     bytes: int  # UTF-8
+    loses_text: bool = False  # the tokenizer does not give the text back
 
     @property
     def per_token(self) -> float:
@@ -64,7 +65,8 @@ class Bits:
 
     @property
     def per_byte(self) -> float:
-        return self.total / self.bytes
+        """nan where the tokenizer loses text: what is lost is not paid for."""
+        return math.nan if self.loses_text else self.total / self.bytes
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class LanguageModel:
         module = TrainingLoss(self.trained.model, self.trained.format.objective, self.trained.format.timesteps)
         options = BoundOptions(device=self.trained.device)
         bound = bound_of(module, self.trained.format, TextList(pieces, prompts, num_bytes), options=options)
-        return Bits(float(bound.nats.sum()) / math.log(2), len(ids), num_bytes)
+        loses_text = bool(tokenizers.loss_of(self.trained.tokenizer, text))
+        return Bits(float(bound.nats.sum()) / math.log(2), len(ids), num_bytes, loses_text)
 
     @property
     def answers(self) -> bool:

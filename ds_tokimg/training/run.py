@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_tokimg.errors import UserError
-from ds_tokimg.settings import engine_json
+from ds_tokimg.data.run_texts import RunTexts, file_of
+from ds_tokimg.data.sources import MissingTexts
+from ds_tokimg.errors import UserError, raise_problems
+from ds_tokimg.settings import engine_json, formats
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
-from ds_tokimg.settings.files import write_folder
+from ds_tokimg.settings.files import check_folder, write_folder, write_text
 from ds_tokimg.training.lock import Lock, only_writer
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     """A whole run. Nothing is written before all settings, data and the model have been found to fit, and nothing where
     another run is writing."""
     config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
+    dist.on_first_rank(lambda: check_folder("--output_dir", config.output_dir))
     with only_writer(config.output_dir, dist) as lock:
         _train(config, raw, dist, lock)
 
@@ -30,31 +33,57 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
     from ds_tokimg.training import automatic
-    from ds_tokimg.training.assemble import assemble
     from ds_tokimg.training.loop import Run
 
     resumed = find_resumed(config, dist)
     state = checkpoints.read_state(resumed) if resumed else {}
     train_batch_size = state.get("train_batch_size")
     dist.on_first_rank(lambda: check_output(config, resumed))
-    parts = assemble(config, dist, resumed)
+    parts = put_together(config, dist, resumed)
+    before, texts_notes = dist.on_first_rank(lambda: check_texts(config, parts, resumed))
     config, decided = automatic.decide(config, raw, len(parts.train_set), dist.world_size, train_batch_size)
     settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
-    notes = [*parts.notes, *notes]
+    notes = [*parts.notes, *texts_notes, *notes]
     notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     dist.on_first_rank(lock.take)
     dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
+    dist.on_first_rank(lambda: write_texts(config, parts, resumed))
     check_shared(config, dist)
     engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
     if resumed:
         state = checkpoints.load(engine, resumed)
+        if before is not None and before.validation != parts.eval_set.corpus.fingerprint:
+            state |= {"best": None, "best_step": None}  # of other texts: no figure to compare with
     run = Run(config, settings, parts, engine, state)
     run.introduce(decided, notes, resumed)
     with run.signals:
         run.loop()
         run.finish()
+
+
+def put_together(config: TrainConfig, dist: Dist, resumed: Path | None) -> Parts:
+    """The parts of the run, of the same texts on all ranks."""
+    from ds_tokimg.training.assemble import assemble
+
+    try:
+        parts = assemble(config, dist, resumed)
+    except MissingTexts as error:
+        if resumed is None:
+            raise
+        raise UserError(
+            f"{error}. If the texts of the run have moved, name their new place: --data_path NEW (and --eval_data_path "
+            "NEW) beside --resume; the same texts are the same run wherever they lie"
+        ) from None
+    texts = dist.gather((parts.train_set.corpus.fingerprint, parts.eval_set.corpus.fingerprint))
+    others = [str(rank) for rank, found in enumerate(texts) if found != texts[0]]
+    if others:
+        raise UserError(
+            f"{' '.join(config.data_path)}: rank(s) {', '.join(others)} read other texts there than rank 0: give all "
+            "hosts the same files, in the same order"
+        )
+    return parts
 
 
 def find_resumed(config: TrainConfig, dist: Dist) -> Path | None:
@@ -91,13 +120,45 @@ def write_settings(config: TrainConfig, raw: dict, settings: dict, parts: Parts)
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / "config.json")
+        config.located().save(folder / "config.json")
         engine_json.save(raw, folder / GIVEN_JSON)
         engine_json.save(settings, folder / "ds_config.json")
         if not (has_checkpoint(folder) and (folder / "tokenizer").is_dir()):  # else it is the one that was loaded
             write_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
+
+
+def check_texts(config: TrainConfig, parts: Parts, resumed: Path | None) -> tuple[RunTexts | None, list[str]]:
+    """What the run that goes on was trained on (None where it does not say), and what is to be said about it.
+
+    Raises UserError where these are other texts, unless the settings accept them.
+    """
+    if resumed is None:
+        return None, []
+    before = RunTexts.load(file_of(resumed))
+    if before is None:
+        return None, ["the run does not say which texts it was trained on: these are taken for the same"]
+    changes = RunTexts.of(parts.train_set, parts.eval_set).changes(before)
+    if changes and not config.accept_other_texts:
+        raise_problems(
+            f"{' '.join(config.data_path)}: not the texts that the run was trained on (name its own, or go on with "
+            "these: --accept_other_texts; then their order and the held-out texts are others, and the best validation "
+            "begins anew):",
+            changes,
+        )
+    return before, [f"other texts than before, as accepted: {change}" for change in changes]
+
+
+def write_texts(config: TrainConfig, parts: Parts, resumed: Path | None) -> None:
+    """data.json: by what the run's texts are known again, and those of the run or the weights that it goes on from."""
+    from ds_tokimg.inference.loading import find_folder
+
+    texts = RunTexts.of(parts.train_set, parts.eval_set)
+    start = find_folder(Path(config.init_from)) if config.init_from else resumed
+    if start is not None:
+        texts = texts.after(RunTexts.load(file_of(start)))
+    write_text(Path(config.output_dir) / formats.DATA, texts.description())
 
 
 def check_shared(config: TrainConfig, dist: Dist) -> None:

@@ -1,5 +1,6 @@
 """Users' mistakes: one clear message, exit code 2, no traceback, nothing written. And the help of every command."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from ds_tokimg.__main__ import COMMANDS, main
+from ds_tokimg.settings.command_line import build_parser, path
+from tests.support.exports import write_export
 from tests.support.runs import small_flags, train_in_ranks, write_corpus
 
 SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
@@ -145,6 +148,59 @@ def test_mistakes_in_the_data(name, content, expected, tmp_path, capsys):
 )
 def test_mistakes_with_checkpoints(flags, expected, run, capsys):
     assert expected in refused(capsys, *[str(run) if flag == "RUN" else flag for flag in flags])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_that_takes_a_path_knows_the_home_folder(command):
+    module = importlib.import_module(f"ds_tokimg.commands.{command}")
+    parser = build_parser("train", "") if command == "train" else module._parser()
+    flags = [a for a in parser._actions if a.metavar in ("PATH", "DIR", "FILE", "FILE.gif", "WHICH")]
+    assert flags
+    for action in flags:
+        assert action.type is path, action.option_strings
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["evaluate", "--checkpoint", "x", "--data_path", "x", "--json", "gone/x.json"], "there is no folder gone"),
+        (["plan", "--data_path", "x", "--json", "."], "it is a folder"),
+        (["preview", "--data_path", "x", "--json", "file/x.json"], "there is no folder file"),
+        (["preview", "--data_path", "x", "--save_images", "file"], "file is no folder"),
+        (["export", "--checkpoint", "x", "--output", "file"], "file is no folder"),
+        (["export", "--checkpoint", "x", "--output", "file/x"], "file is no folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_where_to_write_is_checked_before_anything_is_read(flags, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, *flags)
+    assert f"{flags[-2]} {flags[-1]} cannot be written" in message and problem in message
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_says_at_once_that_its_folder_is_a_file(corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = small_flags(corpus, tmp_path / "file" / "run", "--cache_dir", tmp_path / "cache")
+    assert "is no folder" in refused(capsys, "train", *flags)
+    assert not (tmp_path / "cache").exists()  # nothing was tokenised for it
+
+
+@pytest.mark.parametrize("output", [".", "link", "empty", "new/deeper"])
+def test_exports_into_any_place_that_is_empty(output, tmp_path, monkeypatch, capsys):
+    """The folder one is in, a link, an empty folder (as a disk of its own is one), one to be made."""
+    source, place = write_export(tmp_path / "source"), tmp_path / "place"
+    for folder in (place / "empty", place / "here", place / "linked"):
+        folder.mkdir(parents=True)
+    (place / "link").symlink_to(place / "linked")
+    monkeypatch.chdir(place / "here" if output == "." else place)
+    assert main(["export", "--checkpoint", str(source), "--output", output]) == 0
+    written = sorted(path.name for path in Path(output).iterdir())
+    assert written == ["model.json", "model.safetensors", "text.json", "tokenizer"]
+    assert main(["generate", "--checkpoint", output, "--num_inference_steps", "1"]) == 0
+    assert (place / "link").is_symlink()
+    assert "exists and is not empty" in refused(capsys, "export", "--checkpoint", source, "--output", output)
 
 
 def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):

@@ -94,6 +94,7 @@ def test_workers_and_groups_do_not_change_the_corpus(tokenizer, tmp_path, monkey
     one = load_corpus(path, tokenizer, cache_dir=tmp_path / "one", num_proc=1)
     monkeypatch.setattr(files, "BLOCK_BYTES", 9000)
     two = load_corpus(path, tokenizer, cache_dir=tmp_path / "two", num_proc=2)
+    assert one.fingerprint == two.fingerprint
     assert len(one.tokens.buffers) == 1 and len(two.tokens.buffers) > 20
     assert np.array_equal(one.tokens.read(0, len(one.tokens)), two.tokens.read(0, len(two.tokens)))
     for name in ("lengths", "prompt_lengths", "num_bytes", "hashes"):

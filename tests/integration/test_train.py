@@ -306,7 +306,7 @@ def test_blocks_from_left_to_right(corpus, tmp_path, condition, capsys):
     assert blocks != json.loads(whole.read_text())["bits_per_token"]
     if not condition:  # the Python API takes the model's own path too
         trained = load_trained(evaluate[2])
-        texts = open_texts(trained, str(data))
+        texts, _ = open_texts(trained, str(data))
         assert bits_per_token(trained.model, list(map(texts.ids, range(len(texts))))) == pytest.approx(blocks, rel=1e-6)
     generate = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "count", "--num_inference_steps", "3"]
     texts = []

@@ -7,7 +7,7 @@ import pytest
 
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings.config import SECTIONS, DataSettings, TrainConfig
-from ds_tokimg.settings.setting import FIXED, LAUNCH, MAY_CHANGE
+from ds_tokimg.settings.setting import FIXED, LAUNCH, MAY_CHANGE, SAME_TEXTS
 
 
 def test_every_setting_has_a_section_a_help_and_a_rule_for_resuming():
@@ -15,7 +15,7 @@ def test_every_setting_has_a_section_a_help_and_a_rule_for_resuming():
     assert [field.name for field in fields] == [field.name for field in dataclasses.fields(TrainConfig)]
     for field in fields:
         assert len(field.metadata["help"]) > 10
-        assert field.metadata["resume"] in (FIXED, MAY_CHANGE, LAUNCH)
+        assert field.metadata["resume"] in (FIXED, SAME_TEXTS, MAY_CHANGE, LAUNCH)
 
 
 def test_numbers_have_a_range():

@@ -16,9 +16,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_export(folder: Path, *, enable_condition=False, use_chat_template=False, **shape) -> Path:
+def write_export(folder: Path, *, enable_condition=False, use_chat_template=False, tokenizer=None, **shape) -> Path:
     """An export of a tiny model. `shape`: of `tiny_model`."""
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 4, 280)
+    tokenizer = tokenizer or train_tokenizer([" ".join(WORDS)] * 4, 280)
     if use_chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     model = tiny_model(TokenCodec(len(tokenizer)), **shape).eval()
@@ -43,3 +43,16 @@ def write_export(folder: Path, *, enable_condition=False, use_chat_template=Fals
     (folder / "text.json").write_text(text_format.description(), encoding="utf-8")
     tokenizer.save_pretrained(folder / "tokenizer")
     return folder
+
+
+def word_tokenizer(lowercase: bool = False):
+    """A tokenizer that loses text: five words are all it has, the others are [UNK]."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[UNK]", "<eos>", "▁the", "▁old", "▁house", "▁by", "▁sea"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    if lowercase:
+        backend.normalizer = normalizers.Lowercase()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<eos>")

@@ -48,7 +48,7 @@ class Texts:
 
     def __init__(self, texts, prompts=None):
         self.texts, self.prompts = texts, prompts
-        self.num_bytes = 3 * sum(map(len, texts))
+        self.num_bytes, self.loses_text = 3 * sum(map(len, texts)), False
 
     def __len__(self) -> int:
         return len(self.texts)

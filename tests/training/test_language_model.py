@@ -1,6 +1,7 @@
 """The object of `load`: the texts of `generate`, the bits of `evaluate`, and one clear message for what cannot be."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from ds_tokimg.__main__ import main
 from ds_tokimg.inference import texts
 from ds_tokimg.inference.options import SamplingOptions
 from ds_tokimg.inference.texts import generate
-from tests.support.exports import write_export
+from tests.support.exports import word_tokenizer, write_export
 
 KINDS = {
     "left-to-right": {"block_size": 1},
@@ -82,6 +83,21 @@ def test_bits_are_those_of_evaluate(kind, folders, tmp_path, monkeypatch):
     assert (bits.tokens, bits.bytes) == (expected["tokens"], expected["bytes"])
     assert bits.per_token == pytest.approx(expected["bits_per_token"])
     assert bits.per_byte == pytest.approx(expected["bits_per_byte"])
+
+
+@pytest.mark.parametrize(("text", "lost"), [("the old house by the sea", False), ("the old dog by the sea", True)])
+def test_no_bits_per_byte_where_the_tokenizer_loses_text(text, lost, tmp_path, monkeypatch, capsys):
+    """ "dog" is [UNK], which costs little, and so would the text."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = write_export(tmp_path / "export", tokenizer=word_tokenizer())
+    (tmp_path / "text.txt").write_text(text)
+    files = ["--data_path", str(tmp_path / "text.txt"), "--json", str(tmp_path / "bits.json")]
+    assert main(["evaluate", "--checkpoint", str(folder), *files]) == 0
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "bits.json").read_text())
+    assert ("'the old dog' becomes" in printed) == ("bits per byte not given" in printed) == lost
+    assert (figures["bits_per_byte"] is None) == lost and figures["bits_per_token"] > 0
+    bits = load(folder).bits(text)
+    assert math.isnan(bits.per_byte) == lost and bits.per_token == pytest.approx(figures["bits_per_token"])
 
 
 @pytest.mark.parametrize("chat", [False, True])
