@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" if error.is_printed is None else error.is_printed:
+        first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+        if first_of_host if error.is_printed is None else error.is_printed:
             print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -105,7 +105,7 @@ class Measured:
         if self.texts_in_training is None:
             return line + "whether they were in training is not known of this model"
         if not self.texts_in_training:
-            return line + "none of them was in training"
+            return line + ("" if self.exact else "as far as can be told, ") + "none of them was in training"
         about = "" if self.exact else "about "
         return f"{line}{about}{self.texts_in_training:,} of them WERE IN TRAINING: new text costs more than this"
 
@@ -127,9 +127,10 @@ def open_texts(
     if split == "auto":
         split = "eval" if _holds_training_texts(trained, texts, whole, data_path) else "all"
     dataset = whole if split == "all" else open_split(split=split)
-    count = None if texts is None else texts.count_in_training(dataset.hashes)
+    hashes = dataset.hashes
+    count = None if texts is None else texts.count_in_training(hashes)
     of = whole.num_documents + (dataset.num_documents if split == "eval" and dataset.own.any() else 0)
-    return dataset, Measured(split, dataset.num_documents, of, count, texts is None or texts.known.all)
+    return dataset, Measured(split, dataset.num_documents, of, count, texts is None or texts.known.counts(hashes))
 
 
 def _holds_training_texts(trained: TrainedModel, texts: RunTexts | None, whole: TokenImageDataset, data_path) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ds_tokimg.data.corpus import Fingerprint
 from ds_tokimg.data.dataset import TokenImageDataset
-from ds_tokimg.errors import value_problems
+from ds_tokimg.errors import UserError, value_problems
 from ds_tokimg.settings import formats
 
 # Training texts that a run knows, each: 8 bytes. Of more it knows those with the smallest hashes, which are a sample.
@@ -59,6 +59,10 @@ class Known:
         if limits:
             union = union[union <= min(limits)]
         return Known(union[:MOST_KNOWN], not limits and len(union) <= MOST_KNOWN)
+
+    def counts(self, hashes: np.ndarray) -> bool:
+        """Whether all of other texts are within what is known, so that `count` does not estimate."""
+        return self.all or not (hashes > self.hashes[-1]).any()
 
     def count(self, hashes: np.ndarray) -> int:
         """How many of other texts are among these: counted, and beyond the largest hash that is known, estimated from
@@ -139,8 +143,7 @@ class RunTexts:
             hashes = np.frombuffer(base64.b64decode(values["known"], validate=True), dtype="<u8")
             training, validation = (Fingerprint(*values[what]) for what in ("training", "validation"))
         except (binascii.Error, ValueError, TypeError) as error:
-            formats.refuse(path, [f"damaged: {error}"])
-            raise
+            raise UserError(f"{path}: damaged: {error}") from None
         formats.refuse(path, [] if len(hashes) else ["it knows no text"])
         known = Known(hashes.astype(np.uint64), values["all_known"])
         return cls(training, validation, tuple(values["weights"]), known, values["from_start"])

@@ -81,16 +81,18 @@ class Tokenise:
         return pa.table(columns)
 
     def _count_lost(self, records: list[Record], ids: np.ndarray, lengths: np.ndarray, tally: Tally) -> None:
-        """Records that the tokenizer does not give back: of all those with its token for the unknown, some are tried,
-        and some of the others."""
-        tokenizer = self.tokenizer
-        unknown = tokenizer.get_vocab().get(tokenizer.unk_token or "", tokenizer.eos_token_id)
-        places = np.flatnonzero((ids == unknown) & (unknown != tokenizer.eos_token_id))
-        among = np.unique(np.searchsorted(np.cumsum(lengths), places, side="right"))
-        tally.lost += len(among)
-        for i in {*among[:1].tolist(), *range(0, len(records), -(-len(records) // _TRIED) or 1)}:
-            loss = tokenizers.loss_of(tokenizer, joined(records[i])[: None if i in among[:1] else _TRIED_CHARACTERS])
-            tally.lost += bool(loss) and i not in among
+        """Records that the tokenizer does not give back: all with its token for the unknown, and of the others those
+        that are found when some are tried."""
+        tokenizer, unknown = self.tokenizer, np.zeros(len(records), bool)
+        if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
+            places = np.flatnonzero(ids == tokenizer.unk_token_id)
+            unknown[np.searchsorted(np.cumsum(lengths), places, side="right")] = True
+        tally.lost += int(unknown.sum())
+        tried = {*range(0, len(records), -(-len(records) // _TRIED) or 1), *np.flatnonzero(unknown)[:1].tolist()}
+        for i in sorted(tried):
+            text = joined(records[i])
+            loss = tokenizers.loss_of(tokenizer, text if unknown[i] else text[:_TRIED_CHARACTERS])
+            tally.lost += bool(loss) and not unknown[i]
             tally.lost_example = tally.lost_example or loss
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

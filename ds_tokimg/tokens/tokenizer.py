@@ -53,6 +53,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     name_or_path: str
     unk_token: str | None
+    unk_token_id: int | None
     all_special_tokens: list[str]
     all_special_ids: list[int]
 

@@ -163,8 +163,8 @@ def test_many_texts_are_estimated(monkeypatch):
     trained, held_out = everything[everything >= threshold], everything[everything < threshold]
     known = Known.of(trained)
     assert not known.all and len(known.hashes) == 1000
-    assert known.count(held_out) == 0
-    assert known.count(trained) == len(trained)
+    assert known.count(held_out) == 0 and known.counts(held_out)
+    assert known.count(trained) == len(trained) and not known.counts(trained)
     mixed = np.concatenate([trained[:6000], hashes(6000, seed=1)])
     assert known.count(mixed) == pytest.approx(6000, rel=0.15)
 
