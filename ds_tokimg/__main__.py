@@ -1,13 +1,16 @@
 """`ds-tokimg COMMAND`, or `python -m ds_tokimg COMMAND`; also under `deepspeed --module ds_tokimg` and `torchrun -m`.
 
-Exit code 0 on success, 2 on a mistake of the user (one message, no traceback), 1 on a failure of our own.
+Exit code 0 on success, 2 on a mistake of the user (one message, no traceback), 1 on a failure of our own, 130 where
+Ctrl-C ended it, 141 where nobody reads its output any more, as of a program that SIGPIPE ends.
 """
 
 import importlib
 import os
+import signal
 import sys
+from types import FrameType
 
-from ds_tokimg import __version__
+from ds_tokimg import __version__, console
 from ds_tokimg.errors import UserError, nearest
 
 COMMANDS = {
@@ -19,6 +22,9 @@ COMMANDS = {
     "preview": "show the data as they will be trained",
     "chat": "talk to a model that was trained on prompts and answers",
 }
+
+
+INTERRUPTED, UNREAD = 130, 141  # 128 and the number of the signal, as a shell says it
 
 
 def usage() -> str:
@@ -55,14 +61,47 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The entry point: a UserError becomes one message, printed once a host whatever its number of ranks."""
+    """One command, to its exit code: a UserError becomes one message, printed once a host whatever its number of
+    ranks; so does Ctrl-C, which a training run answers itself once it trains."""
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        _say_interrupted()
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+        return UNREAD
+
+
+def _say_interrupted() -> None:
+    if console.speaks():
+        console.say_from_signal("interrupted", 2)
+
+
+def program() -> int:
+    """The entry point of a process of its own."""
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        """Like Python's own, but workers that were forked from us leave without a word, and who insists is heard. An
+        import may swallow an exception, or answer it with a page of its own."""
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() == owner and not console.is_starting():
+            raise KeyboardInterrupt
+        if os.getpid() == owner:
+            _say_interrupted()
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started us wants it ignored
+        signal.signal(signal.SIGINT, interrupt)
+    return main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_tokimg.console import Work
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.files import write_folder
+from ds_tokimg.settings.unused import beyond_the_run
 from ds_tokimg.training.lock import Lock, only_writer
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
 def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
-    from ds_tokimg.training import automatic
+    from ds_tokimg.training import automatic, budget
     from ds_tokimg.training.assemble import assemble
     from ds_tokimg.training.loop import Run
 
@@ -41,17 +43,20 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     config, decided = automatic.decide(config, raw, len(parts.train_set), dist.world_size, train_batch_size)
     settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
+    config, read = budget.decide(config, parts)
     notes = [*parts.notes, *notes]
-    notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
+    steps = config.epochs * parts.steps_per_epoch(config.train_batch_size)
+    notes += [*automatic.short_schedule(steps, config), *beyond_the_run(config, steps), *parts.without_prompts(config)]
     dist.on_first_rank(lock.take)
     dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     check_shared(config, dist)
-    engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
-    if resumed:
-        state = checkpoints.load(engine, resumed)
-    run = Run(config, settings, parts, engine, state)
-    run.introduce(decided, notes, resumed)
+    with Work("preparing the engine"):
+        engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
+        if resumed:
+            state = checkpoints.load(engine, resumed)
+        run = Run(config, settings, parts, engine, state)
+    run.introduce([*decided, *read], notes, resumed)
     with run.signals:
         run.loop()
         run.finish()
