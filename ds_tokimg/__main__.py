@@ -67,16 +67,24 @@ def main(argv: list[str] | None = None) -> int:
         code = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        _say_interrupted()
-        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
         return UNREAD
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or _CtrlC.came:  # libraries answer it with exceptions of their own
+            _say_interrupted()
+            return INTERRUPTED
+        if not isinstance(error, UserError):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+class _CtrlC:
+    """Of this process."""
+
+    came = False
 
 
 def _say_interrupted() -> None:
@@ -92,6 +100,7 @@ def program() -> int:
         """Like Python's own, but workers that were forked from us leave without a word, and who insists is heard. An
         import may swallow an exception, or answer it with a page of its own."""
         signal.signal(number, signal.SIG_DFL)
+        _CtrlC.came = True
         if os.getpid() == owner and not console.is_starting():
             raise KeyboardInterrupt
         if os.getpid() == owner:

@@ -7,6 +7,7 @@ silent for longer than QUIET_SECONDS.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -112,16 +113,18 @@ _shown: list[Work | None] = []  # the innermost last; None: somebody else has th
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """Within: torch is imported and what needs it, which takes seconds and is said before. Where it is there already
-    nothing is said."""
+    nothing is said. Meanwhile nothing below an error is logged: that a machine has no GPU is no news to its user."""
     if "torch" in sys.modules:
         yield
         return
-    _state.is_starting = True
+    _state.is_starting, before = True, logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with Work("starting", at_once=True):
             yield
     finally:
         _state.is_starting = False
+        logging.disable(before)
 
 
 def is_starting() -> bool:
@@ -155,8 +158,8 @@ def say(line: str) -> None:
 
 def say_from_signal(line: str, stream: int = 1) -> None:
     """A line past Python's buffers: a signal may come in the middle of a print."""
-    clear = _CLEAR if _bars() and os.isatty(stream) else b""
     with contextlib.suppress(OSError):
+        clear = _CLEAR if os.isatty(stream) else b""  # of bars, whoever drew them
         os.write(stream, clear + f"{line}\n".encode())
 
 

@@ -15,7 +15,8 @@ from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.engine_schema import PRECISIONS
 from ds_tokimg.settings.unused import beyond_the_run
-from ds_tokimg.training import automatic, budget
+from ds_tokimg.training import automatic
+from ds_tokimg.training import budget as validation_budget
 from ds_tokimg.training.assemble import Parts, assemble
 from ds_tokimg.training.duration import duration
 from ds_tokimg.training.memory import (
@@ -61,17 +62,17 @@ def prepare(config: TrainConfig, raw: dict, machine: engine_json.Machine) -> Pre
     config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
-    config, read = budget.decide(config, parts)
+    config, read = validation_budget.decide(config, parts)
     notes = [*parts.notes, *notes, *parts.without_prompts(config)]
     return Prepared(config, parts, settings, [*decided, *read], notes)
 
 
 def make_plan(
-    config: TrainConfig, raw: dict, machine: engine_json.Machine, memory: float | None = None, timed: bool = False
+    config: TrainConfig, raw: dict, machine: engine_json.Machine, budget: float | None = None, timed: bool = False
 ) -> dict:
     """The whole plan as JSON values. Memory is in bytes per rank, tokens and steps are counts.
 
-    memory: bytes of a rank, to find the largest micro-batch that fits. timed: with the time that the run takes here.
+    budget: bytes of a rank's memory, to find the largest micro-batch that fits. timed: with the time of a run here.
 
     Raises UserError for everything that would keep the run from starting.
     """
@@ -90,7 +91,7 @@ def make_plan(
         "batch": _batch(parts, settings, machine.world_size),
         "schedule": _schedule(config, parts, settings),
         "engine": _engine(settings, machine),
-        "memory": _memory(footprint, settings, machine, memory),
+        "memory": _memory(footprint, settings, machine, budget),
         "time": clock,
         "checkpoint_bytes": checkpoint_bytes(footprint, settings["zero_optimization"]["stage"]),
         "recipe": config.recipe,
@@ -220,7 +221,7 @@ def longest_batch(parts: Parts, samples: int) -> Batch:
     return parts.batch_maker(train_set, longest, np.arange(samples), 0)
 
 
-def _memory(footprint: Footprint, settings: dict, machine: engine_json.Machine, limit: float | None) -> dict:
+def _memory(footprint: Footprint, settings: dict, machine: engine_json.Machine, budget: float | None) -> dict:
     micro_batch = settings["train_micro_batch_size_per_gpu"]
     activations = footprint.activations(micro_batch)
     stages = []
@@ -230,8 +231,8 @@ def _memory(footprint: Footprint, settings: dict, machine: engine_json.Machine, 
             continue
         row = {"stage": stage, **dataclasses.asdict(memory), "activations": activations}
         row["total"] = memory.total(activations)
-        if limit is not None:
-            row["largest_micro_batch"] = largest_micro_batch(footprint, memory, limit)
+        if budget is not None:
+            row["largest_micro_batch"] = largest_micro_batch(footprint, memory, budget)
         stages.append(row)
     totals = {
         world_size: {
@@ -245,5 +246,5 @@ def _memory(footprint: Footprint, settings: dict, machine: engine_json.Machine, 
         "activations_per_sample": footprint.per_sample,
         "stages": stages,
         "total_by_world_size": totals,
-        "budget": limit,
+        "budget": budget,
     }
