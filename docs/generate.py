@@ -45,7 +45,8 @@ def _cell(value) -> str:
 def commands() -> str:
     """Every command but `train`, whose flags are the settings, with the flags that it takes."""
     text = ["# Commands\n", "`ds-tokimg COMMAND …` and `python -m ds_tokimg COMMAND …` are the same. Each exits with 0"]
-    text += ["on success, 2 on a mistake of the user (one message, no traceback) and 1 on a failure of its own.\n"]
+    text += ["on success, 2 on a mistake of the user (one message, no traceback), 1 on a failure of its own and 130"]
+    text += ["where Ctrl-C ended it; [what they print](console.md) is on a page of its own.\n"]
     text += [table(["command", "what it does"], [[f"`{name}`", what] for name, what in COMMANDS.items()])]
     text += ["## train\n", "Takes every [setting](settings.md) as a flag.\n"]
     for name in COMMANDS:

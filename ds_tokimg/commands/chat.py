@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ds_tokimg.commands.flags import parser_with_model
+from ds_tokimg.console import starting
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.options import SamplingOptions
 
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     options = _options(arguments)
-    from ds_tokimg.inference.loading import load_trained
+    with starting():
+        from ds_tokimg.inference.loading import load_trained
 
-    trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+        trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
     if not trained.format.enable_condition:
         raise UserError(
             f"{arguments.checkpoint} was trained without --enable_condition: it continues texts and answers nothing; "

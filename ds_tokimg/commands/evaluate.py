@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_tokimg.commands.flags import parser_with_model
-from ds_tokimg.commands.output import write_json
+from ds_tokimg.commands.output import check_outputs, write_json
+from ds_tokimg.console import starting
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings.command_line import path
-from ds_tokimg.settings.files import check_file
 
 if TYPE_CHECKING:
     from ds_tokimg.data.dataset import TokenImageDataset
@@ -28,13 +28,13 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.noise_levels is not None and arguments.noise_levels < 1:
         raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
-    if arguments.json:
-        check_file("--json", arguments.json)
-    from ds_tokimg.inference.loading import load_trained
-    from ds_tokimg.training.bound import DEFAULT_LEVELS, BoundOptions, bound_of
-    from ds_tokimg.training.objective import TrainingLoss
+    check_outputs(arguments.json)
+    with starting():
+        from ds_tokimg.inference.loading import load_trained
+        from ds_tokimg.training.bound import DEFAULT_LEVELS, BoundOptions, bound_of
+        from ds_tokimg.training.objective import TrainingLoss
 
-    trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+        trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
     try:
         writing = trained.model.writing.asked(arguments.block_size, arguments.many_steps)
     except ValueError as error:
@@ -44,15 +44,27 @@ def main(argv: list[str]) -> int:
         raise UserError("no text to evaluate: the held-out part is empty (give --split all, or another --data_path)")
     module = TrainingLoss(trained.model, trained.format.objective, trained.format.timesteps)
     levels = arguments.noise_levels or DEFAULT_LEVELS
-    options = BoundOptions(num_levels=levels, seed=arguments.seed, device=trained.device)
+    options = BoundOptions(num_levels=levels, seed=arguments.seed, device=trained.device, shown="evaluating")
     bound = bound_of(module, trained.format, dataset, writing, options=options)
-    for note in dataset.notes:
+    for note in [*_without_effect(arguments, trained), *dataset.notes]:
         print(f"note: {note}")
     print(measured.sentence())
     report(bound, trained.path, " ".join(arguments.data_path))
     if arguments.json:
         write_json(arguments.json, as_json(bound) | dataclasses.asdict(measured))
     return 0
+
+
+def _without_effect(arguments: argparse.Namespace, trained: TrainedModel) -> list[str]:
+    """Flags that change nothing of this model."""
+    own, notes = trained.model.writing, []
+    if arguments.many_steps and own.asked(arguments.block_size) == own.asked(arguments.block_size, many_steps=True):
+        notes.append("--many_steps has no effect: texts of this model are written in many small steps anyway")
+    if arguments.noise_levels is not None and own.asked(arguments.block_size, arguments.many_steps).one_step:
+        notes.append("--noise_levels has no effect on the bits, which are of one step, but on loss and accuracy")
+    if arguments.weights == "trained" and not (trained.path / "manifest.json").is_file():
+        notes.append("--weights trained has no effect: an export holds one set of weights")
+    return notes
 
 
 def _parser() -> argparse.ArgumentParser:

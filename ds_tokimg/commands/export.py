@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from ds_tokimg.commands.flags import parser_with_model
+from ds_tokimg.console import starting
 from ds_tokimg.settings.command_line import path
 from ds_tokimg.settings.files import check_folder
 
@@ -18,10 +19,11 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     output = Path(arguments.output)
     check_folder("--output", output, empty=True)
-    from ds_tokimg.inference.export import export
-    from ds_tokimg.inference.loading import load_trained
+    with starting():
+        from ds_tokimg.inference.export import export
+        from ds_tokimg.inference.loading import load_trained
 
-    trained = load_trained(arguments.checkpoint, arguments.weights)
+        trained = load_trained(arguments.checkpoint, arguments.weights)
     export(trained, output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e6
     print(f"exported {trained.path} ({arguments.weights} weights) to {output}: {size:.1f} MB")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ds_tokimg.choices import SAMPLERS
 from ds_tokimg.commands.flags import parser_with_model
-from ds_tokimg.commands.output import write_json
+from ds_tokimg.commands.output import check_outputs, write_json
+from ds_tokimg.console import Work, starting
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
 from ds_tokimg.settings.command_line import path
@@ -16,16 +17,19 @@ from ds_tokimg.settings.command_line import path
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts, options = _prompts(arguments), _options(arguments)
-    from ds_tokimg.inference.loading import load_trained
-    from ds_tokimg.inference.texts import generate, infill, save_images, show
-    from ds_tokimg.inference.watching import Watcher
+    check_outputs(arguments.json, arguments.save_images)
+    with starting():
+        from ds_tokimg.inference.loading import load_trained
+        from ds_tokimg.inference.texts import generate, infill, save_images, show
+        from ds_tokimg.inference.watching import Watcher
 
-    trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
+        trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
     watcher = Watcher(trained.model, trained.format.eos_id) if arguments.animate else None
-    if arguments.infill is not None:
-        texts = infill(trained, arguments.infill, options, arguments.num_samples, watcher)
-    else:
-        texts = generate(trained, prompts, options, arguments.max_new_tokens, watcher)
+    with Work("writing"):
+        if arguments.infill is not None:
+            texts = infill(trained, arguments.infill, options, arguments.num_samples, watcher)
+        else:
+            texts = generate(trained, prompts, options, arguments.max_new_tokens, watcher)
     show(texts)
     if watcher is not None:
         watcher.save(Path(arguments.animate), trained.tokenizer)

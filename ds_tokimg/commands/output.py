@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ds_tokimg.errors import UserError
+from ds_tokimg.settings.files import check_file, check_folder
+
+
+def check_outputs(json_file: str | None, image_folder: str | None = None) -> None:
+    """Before the work: whether the file of --json and the folder of --save_images can be written. Raises UserError."""
+    if json_file:
+        check_file("--json", json_file)
+    if image_folder:
+        check_folder("--save_images", image_folder)
 
 
 def write_json(file: str, value: Any) -> None:

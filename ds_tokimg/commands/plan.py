@@ -11,13 +11,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ds_tokimg.commands.output import write_json
+from ds_tokimg.commands.output import check_outputs, write_json
+from ds_tokimg.console import clock, starting
 from ds_tokimg.engine import environment
 from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
-from ds_tokimg.settings.files import check_file
+from ds_tokimg.settings.unused import unused_flags
 
 GIGABYTE = 1e9
 
@@ -26,15 +27,17 @@ def main(argv: list[str]) -> int:
     config, arguments = parse(_parser(argv), argv)
     if config.resume is not None:
         raise UserError("plan shows a run from its first step: leave --resume out")
-    if arguments.json:
-        check_file("--json", arguments.json)
     raw = engine_json.read(config.deepspeed_config)
-    machine = _machine(arguments)
-    # Mistakes in the JSON are reported before the data is read.
-    engine_json.resolve(raw, config, machine, lambda train_batch: 1)
-    from ds_tokimg.training.forecast import make_plan
+    check_outputs(arguments.json)
+    with starting():
+        machine = _machine(arguments)
+        # Mistakes in the JSON are reported before the data is read.
+        engine_json.resolve(raw, config, machine, lambda train_batch: 1)
+        from ds_tokimg.training.forecast import make_plan
 
-    report = make_plan(config, raw, machine, arguments.memory_gb and arguments.memory_gb * GIGABYTE)
+    memory = arguments.memory_gb and arguments.memory_gb * GIGABYTE
+    report = make_plan(config, raw, machine, memory, timed=not arguments.no_timing)
+    report["notes"] = [*unused_flags(config, argv), *report["notes"]]
     print(as_text(report))
     if arguments.json:
         write_json(arguments.json, report)
@@ -47,6 +50,7 @@ def _parser(argv: Sequence[str] = ()) -> Parser:
     group.add_argument("--world_size", type=int, metavar="N", help="ranks of the run (default: 1)")
     group.add_argument("--accelerator", choices=("cpu", "cuda"), help="plan for it (default: this machine's)")
     group.add_argument("--memory_gb", type=float, metavar="X", help="memory of a rank in GB, to find the micro-batch")
+    group.add_argument("--no_timing", action="store_true", help="do not measure how long a step takes on this machine")
     group.add_argument("--json", type=path, metavar="FILE", help="write the plan there, in bytes and whole numbers")
     return parser
 
@@ -90,12 +94,25 @@ def as_text(plan: dict) -> str:
         f"engine      {engine['precision']} on {engine['accelerator']}, ZeRO stage {engine['zero_stage']}, "
         f"{engine['optimizer']} at {engine['lr']:g}, clipping at {engine['gradient_clipping']:g}",
         f"checkpoint  {_gigabytes(plan['checkpoint_bytes'])} GB",
+        *_time_lines(plan["time"], batch["world_size"]),
         "",
         *_memory_lines(plan["memory"], batch["world_size"]),
     ]
     if plan["notes"]:
         lines += ["", *(f"note: {note}" for note in plan["notes"])]
     return "\n".join(lines)
+
+
+def _time_lines(time: dict | None, world_size: int) -> list[str]:
+    if time is None:
+        return []
+    how = "measured" if time["measured"] else "estimated from its operations: half of this machine's rate"
+    ranks = "" if world_size == 1 else f"on {world_size:,} machines like this one, "
+    share = time["validation_seconds"] / time["seconds"]
+    return [
+        f"time        {ranks}about {clock(time['seconds'])}, {share:.1%} of it validation, without loading and saving; "
+        f"a step {time['step_seconds']:.3g} s ({how})"
+    ]
 
 
 def _memory_lines(memory: dict, world_size: int) -> list[str]:

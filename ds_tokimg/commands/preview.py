@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_tokimg.commands.output import write_json
+from ds_tokimg.commands.output import check_outputs, write_json
+from ds_tokimg.console import starting
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import Parser, build_parser, parse, path
-from ds_tokimg.settings.files import check_file, check_folder
+from ds_tokimg.settings.unused import unused_flags
 
 if TYPE_CHECKING:
     from ds_tokimg.training.assemble import Parts
@@ -29,16 +30,17 @@ def main(argv: list[str]) -> int:
         raise UserError("preview shows the data of a run from its first step: leave --resume out")
     if arguments.num_texts < 0:
         raise UserError(f"--num_texts {arguments.num_texts}: at least 0")
-    if arguments.json:
-        check_file("--json", arguments.json)
-    if arguments.save_images:
-        check_folder("--save_images", arguments.save_images)
+    check_outputs(arguments.json, arguments.save_images)
     raw = engine_json.read(config.deepspeed_config)
     if not arguments.save_images:  # learning colours takes time, and nobody would see them
         config = dataclasses.replace(config, palette="id")
-    from ds_tokimg.training.survey import survey
+    with starting():
+        from ds_tokimg.training.survey import survey
 
     report, parts = survey(config, raw, arguments.num_texts)
+    report["notes"] = [*unused_flags(config, argv), *report["notes"]]
+    if arguments.save_images and not arguments.num_texts:
+        report["notes"].insert(0, "--save_images has no effect: --num_texts 0 shows no image")
     print(as_text(report))
     if arguments.save_images:
         _save_images(parts, arguments.num_texts, Path(arguments.save_images))

@@ -9,27 +9,32 @@ from __future__ import annotations
 import logging
 import sys
 
+from ds_tokimg.console import say, speaks, starting
 from ds_tokimg.engine.allocator import keep_freed_memory
 from ds_tokimg.engine.startup import quiet
 from ds_tokimg.errors import TrainingError, UserError, raise_problems
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.engine_schema import check
+from ds_tokimg.settings.unused import unused_flags
 
 
 def main(argv: list[str]) -> int:
     config = train_config(argv)
     raw = engine_json.read(config.deepspeed_config)
     raise_problems(f"{config.deepspeed_config} cannot be used:", check(raw))
+    for note in unused_flags(config, argv) if speaks() else ():
+        say(f"note: {note}")
     keep_freed_memory()
     # Torch and DeepSpeed take seconds to import: help and mistakes are answered before.
-    with quiet():
+    with starting(), quiet():
         from ds_tokimg.engine.engine import init_distributed
         from ds_tokimg.engine.mistakes import Mistakes
-    from ds_tokimg.training.run import train
+        from ds_tokimg.training.run import train
 
-    dist = init_distributed()
+        dist = init_distributed()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.raiseExceptions = False  # a run goes on where nobody reads its log any more
     logging.getLogger("ds_tokimg").setLevel(logging.INFO if dist.rank == 0 else logging.ERROR)
     mistakes = Mistakes(dist)
     try:
@@ -47,4 +52,7 @@ def main(argv: list[str]) -> int:
         if dist.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        dist.leave()
+        raise
     return 0

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ds_tokimg.console import Work, given_up, on_terminal, speaks
 from ds_tokimg.data.cache import DamagedCache, check, seal, sync
 from ds_tokimg.data.files import BLOCK_BYTES
 from ds_tokimg.data.records import Tally, joined
@@ -201,7 +201,7 @@ def _load(tokenise: Tokenise, root: Path, num_proc: int | None) -> Corpus:
         return _open(folder, tokenise.source)
     except DamagedCache:
         pass  # or not there yet: whoever gets the lock looks again
-    with _writing_to(root):
+    with _writing_to(root), Work(f"tokenising {tokenise.source.name}"):  # or waiting for who does
         from filelock import FileLock
 
         root.mkdir(parents=True, exist_ok=True)
@@ -347,12 +347,13 @@ def _map(tokenise: Tokenise, folder: Path, num_proc: int) -> int:
 @contextlib.contextmanager
 def _quiet_progress(datasets: Any, megabytes: float) -> Iterator[None]:
     """No progress bar where nobody watches it, or where it would be over at once."""
-    hide = not sys.stderr.isatty() or megabytes < 5
+    hide = not (on_terminal() and speaks()) or megabytes < 5
     shown = not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
     try:
-        yield
+        with contextlib.nullcontext() if hide else given_up():
+            yield
     finally:
         if hide and shown:
             datasets.enable_progress_bars()

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     CANVAS = 4
     VALIDATION = 5
     GENERATION = 6
+    VALIDATION_TEXTS = 7
 
 
 _MASK = (1 << 64) - 1

@@ -165,12 +165,18 @@ class RunSettings:
     init_from: str | None = _launch(None, "start a new run from the weights of this checkpoint or export", is_path=True)
     save_interval: int = setting(500, "optimiser steps between checkpoints", COUNT)
     eval_interval: int = setting(500, "optimiser steps between validations", COUNT)
+    eval_tokens: int | None = setting(
+        None,
+        "held-out tokens that a validation reads, the same texts each time; 0: all (not given: as many as cost little)",
+        WHOLE,
+    )
     log_interval: int = setting(10, "optimiser steps between log lines", COUNT)
     keep_checkpoints: int = setting(3, "newest checkpoints to keep (the best one stays too)", COUNT)
     num_samples: int = setting(4, "texts to write at the end of the run", WHOLE)
     seed: int = _fixed(0, "seed of the weights, data order, noise and samples", WHOLE)
     warmup_ratio: float = setting(0.05, "share of all optimiser steps spent on warm-up", PROPER_SHARE, of_recipe=True)
     profile: int = _launch(0, "optimiser steps to profile", WHOLE)
+    verbose: bool = _launch(False, "show every figure of a step, in longer lines")
     deepspeed_config: str = _path("ds_config.json", "the engine's JSON, here or else as shipped")
 
 

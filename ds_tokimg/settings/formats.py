@@ -64,6 +64,8 @@ ADDED_IN_1: dict[str, dict[str, object]] = {
         "smallest_train_batch": 4,
         "wanted_steps": 1000,
         "most_epochs": 20,
+        "eval_tokens": None,
+        "verbose": False,
         **_READING_IN_0,
     },
     TEXT: _READING_IN_0,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ds_tokimg.console import Work
 from ds_tokimg.data import corpus
 from ds_tokimg.data.batch import BatchMaker, BatchPacker, Draws
 from ds_tokimg.data.dataset import TokenImageDataset
@@ -62,6 +63,12 @@ class Parts:
         more = "also trained on: the validation is better than on new texts"
         return [f"{count:,} of {len(held_out):,} validation texts are {more}"] if count else []
 
+    def without_prompts(self, config: TrainConfig) -> list[str]:
+        """What is to be said where conditions are asked for and there are none."""
+        if not config.enable_condition or self.train_set.prompt_lengths.any():
+            return []
+        return ["--enable_condition has no effect: no training text has a prompt"]
+
     @cached_property
     def unigram_entropy(self) -> float:
         """Bits per token of the training tokens, each alone: what a model without context could reach."""
@@ -104,7 +111,8 @@ def choose_tokenizer(config: TrainConfig, resumed: Path | None, start):
     elif start is not None:
         own, source = start.tokenizer, config.init_from
     if own is None:
-        return given or tokenizers.train_tokenizer(_texts_of(config), config.vocab_size)
+        with Work("training the tokenizer"):
+            return given or tokenizers.train_tokenizer(_texts_of(config), config.vocab_size)
     if given is not None and tokenizers.fingerprint(given) != tokenizers.fingerprint(own):
         raise UserError(
             f"--tokenizer_path {config.tokenizer_path} is not the tokenizer that {source} was trained with: "
@@ -156,9 +164,10 @@ def _with_palette(layout: PatchLayout, train_set, dist, resumed: Path | None) ->
     if resumed is not None:
         palette = _palette_of(resumed)
     else:
-        palette = dist.on_first_rank(
-            lambda: semantic_palette(train_set.token_stream(), codec.vocab_size, codec.radix, codec.token_size)
-        )
+        with Work("learning the palette"):
+            palette = dist.on_first_rank(
+                lambda: semantic_palette(train_set.token_stream(), codec.vocab_size, codec.radix, codec.token_size)
+            )
     codec = TokenCodec(codec.vocab_size, codec.token_size, codec.radix, palette)
     return PatchLayout(codec, layout.img_size, layout.patch_size, layout.layout)
 

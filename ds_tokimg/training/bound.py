@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_tokimg.console import Work
 from ds_tokimg.data.batch import Batch, Canvas
 from ds_tokimg.data.text_format import TextFormat
 from ds_tokimg.diffusion.levels import NoiseLevels, SamplingPath
@@ -65,6 +66,10 @@ class Bound:
         """nan where the tokenizer loses text: what is lost would not be paid for."""
         return math.nan if self.loses_text else float(self.nats.sum() / (math.log(2) * self.num_bytes))
 
+    def bits_of_first(self, count: int) -> float:
+        """Bits per token of the first texts alone."""
+        return float(self.nats[:count].sum() / (math.log(2) * self.tokens[:count].sum()))
+
     @property
     def standard_error(self) -> float:
         """Standard error of bits_per_token over the texts (a ratio estimator); nan for a single text."""
@@ -83,6 +88,7 @@ class BoundOptions:
     conditional, canvas: the texts are answers to prompts, on a canvas, see `ValidationBatches`.
     patches_per_batch: size of the batches that are evaluated.
     device: where the forward takes its batches.
+    shown: in which words its progress is shown (`console.Work`); "": not at all.
     """
 
     num_levels: int = DEFAULT_LEVELS
@@ -91,6 +97,7 @@ class BoundOptions:
     canvas: Canvas | None = None
     patches_per_batch: int = 1024
     device: torch.device | str = "cpu"
+    shown: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,20 +149,24 @@ def estimate_bound(
     batches = ValidationBatches(dataset, layout, path, options.seed, options.conditional, options.canvas)
     sums = _Sums(path, timesteps, len(dataset))
 
+    own = batches.of_rank(share.rank, share.world_size, options.patches_per_batch)
+
     @torch.no_grad()
     def measure(batch: Batch) -> dict[str, Tensor]:
         if share.stopped():
             raise Stopped
         result = forward(batch.to(options.device))
+        work.advance()
         return {name: value.double().cpu() for name, value in result.items()}  # sums per patch [B, N]
 
-    for indices in batches.of_rank(share.rank, share.world_size, options.patches_per_batch):
-        for level in range(num_levels):
-            log_snr, density = path.quantile((level + batches.offsets(indices)) / num_levels)
-            batch = batches.make(indices, log_snr, noise=level)
-            sums.add_level(indices, batch, measure(batch), log_snr, density * num_levels)
-        if path.drawn_at is not None:
-            sums.add_nats(indices, measure(batches.drawn(indices, noise=num_levels))["nats"])
+    with Work(options.shown, len(own) * (num_levels + (path.drawn_at is not None))) as work:
+        for indices in own:
+            for level in range(num_levels):
+                log_snr, density = path.quantile((level + batches.offsets(indices)) / num_levels)
+                batch = batches.make(indices, log_snr, noise=level)
+                sums.add_level(indices, batch, measure(batch), log_snr, density * num_levels)
+            if path.drawn_at is not None:
+                sums.add_nats(indices, measure(batches.drawn(indices, noise=num_levels))["nats"])
     sums.reduce(share.all_reduce)
     pixels = int(batches.scored_tokens.sum()) * layout.codec.token_size**2
     correct, invalid, seen = sums.reading.sum(0).tolist()

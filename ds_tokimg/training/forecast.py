@@ -14,8 +14,11 @@ from ds_tokimg.engine.ranks import OnlyRank
 from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.engine_schema import PRECISIONS
+from ds_tokimg.settings.unused import beyond_the_run
 from ds_tokimg.training import automatic
+from ds_tokimg.training import budget as validation_budget
 from ds_tokimg.training.assemble import Parts, assemble
+from ds_tokimg.training.duration import duration
 from ds_tokimg.training.memory import (
     MOMENTS,
     STAGES,
@@ -59,20 +62,28 @@ def prepare(config: TrainConfig, raw: dict, machine: engine_json.Machine) -> Pre
     config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
-    return Prepared(config, parts, settings, decided, [*parts.notes, *notes])
+    config, read = validation_budget.decide(config, parts)
+    notes = [*parts.notes, *notes, *parts.without_prompts(config)]
+    return Prepared(config, parts, settings, [*decided, *read], notes)
 
 
-def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budget: float | None = None) -> dict:
+def make_plan(
+    config: TrainConfig, raw: dict, machine: engine_json.Machine, budget: float | None = None, timed: bool = False
+) -> dict:
     """The whole plan as JSON values. Memory is in bytes per rank, tokens and steps are counts.
 
-    `budget`: bytes of a rank's memory, to find the largest micro-batch that fits.
+    budget: bytes of a rank's memory, to find the largest micro-batch that fits. timed: with the time of a run here.
 
     Raises UserError for everything that would keep the run from starting.
     """
     # Which colours the tokens get changes no size, and learning them takes time.
     run = prepare(dataclasses.replace(config, palette="id"), raw, machine)
     config, parts, settings = run.config, run.parts, run.settings
-    notes = run.notes + automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
+    steps = config.epochs * parts.steps_per_epoch(config.train_batch_size)
+    notes = [*run.notes, *automatic.short_schedule(steps, config), *beyond_the_run(config, steps)]
+    clock = duration(config, parts, settings, machine.world_size, machine.accelerator) if timed else None
+    if timed and clock is None:
+        notes.append(f"how long a step takes is not known: this machine has no {machine.accelerator} to measure it on")
     footprint = _footprint(config, parts, settings, machine)
     return {
         "data": _data(parts, settings, machine.world_size),
@@ -81,6 +92,7 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
         "schedule": _schedule(config, parts, settings),
         "engine": _engine(settings, machine),
         "memory": _memory(footprint, settings, machine, budget),
+        "time": clock,
         "checkpoint_bytes": checkpoint_bytes(footprint, settings["zero_optimization"]["stage"]),
         "recipe": config.recipe,
         "automatic": run.decided,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ds_tokimg.console import Work, given_up
 from ds_tokimg.data.loader import BatchLoader, Part
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
-from ds_tokimg.engine.engine import StepResult, TrainEngine
+from ds_tokimg.engine.engine import TrainEngine
 from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
 from ds_tokimg.inference.texts import generate, images_of, show
@@ -23,14 +21,16 @@ from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training import ngram
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
+from ds_tokimg.training.budget import Validations
 from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
+from ds_tokimg.training.report import Report, Speedometer, timed, times_due
 from ds_tokimg.training.signals import Interrupted, StopSignals
 from ds_tokimg.training.tracking import Tracker
 
 
 class Run:
-    """The training loop with its clock: what is done at every step, now and then, and at the end."""
+    """The training loop: what is done at every step, now and then, and at the end."""
 
     def __init__(self, config: TrainConfig, settings: dict, parts: Parts, engine: TrainEngine, state: dict):
         self.config, self.parts, self.engine, self.dist = config, parts, engine, engine.dist
@@ -41,11 +41,15 @@ class Run:
         self.schedule_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
         self.first_step = state.get("step", 0)
+        self.validations = Validations(config, parts)
         self.best, self.best_step = self._best_before(state)
+        self.compares = state.get("best") is None or self.validations.were(state)
+        first_rank, steps = self.dist.rank == 0, (self.first_step, self.last_step)
+        self.report = Report(first_rank, config.verbose, steps, self._ahead)
         self.tracker = Tracker(config.output_dir, engine, self.first_step)
         # All ranks at once, as they compute.
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
-        self.speed = Speedometer()
+        self.speed = Speedometer(self.report.watch)
         self.bound: Bound | None = None
         self.saved_step = self.first_step
         self.epoch = state.get("epoch", 0)
@@ -57,9 +61,9 @@ class Run:
 
     def _best_before(self, state: dict) -> tuple[float, int | None]:
         """The best validation before this launch, and its step. One whose checkpoint is gone (of a branch that the run
-        goes back to) counts no more: a new best is found."""
+        goes back to), or that read other texts, counts no more: a new best is found."""
         step, root = state.get("best_step"), Path(self.config.output_dir) / checkpoints.FOLDER
-        if state.get("best") is None:
+        if state.get("best") is None or not self.validations.were(state):
             return math.inf, None
         kept = step is None or self.dist.broadcast((root / checkpoints.tag_of(step)).is_dir())
         return (state["best"], step) if kept else (math.inf, None)
@@ -73,10 +77,11 @@ class Run:
             num_workers=self.config.num_workers,
             pin_memory=self.dist.device.type != "cpu",
         )
-        with profiled(self.config.profile, self.config.output_dir, self.dist) as tick:
+        with profiled(self.config.profile, self.config.output_dir, self.dist) as tick, self.report.progress:
             self.stopped = self.validation_due and not self._validate_now()  # what an earlier launch gave up
             for loaded in () if self.stopped else loader.batches(self.first_step, self.last_step):
                 self.stopped = self.step(loaded)
+                self.report.passed(self.engine.global_steps)
                 if self.stopped:
                     break
                 tick()
@@ -97,7 +102,7 @@ class Run:
         if is_due & {"log", "eval"}:
             row = self._metrics(result, loaded.epoch)
             self.tracker.log(row)
-            self._print(row, number)
+            self.report.step(row)
         self.validation_due, stop = "eval" in is_due and len(self.parts.eval_set) > 0, result.stop
         if "save" in is_due or stop:
             self.save()
@@ -113,6 +118,13 @@ class Run:
         config = self.config
         intervals = {"log": config.log_interval, "eval": config.eval_interval, "save": config.save_interval}
         return {name for name, every in intervals.items() if last or step % every == 0 or (step, name) == (1, "log")}
+
+    def _ahead(self, step: int) -> dict[str, float]:
+        """What lies between a step and the end of the run, as `Stopwatch` counts it."""
+        config, read = self.config, self.validations.tokens
+        validations, saves = (times_due(step, self.last_step, n) for n in (config.eval_interval, config.save_interval))
+        tokens = (validations - 1) * read(self.first_step) + read(self.last_step) if validations else 0
+        return {"step": self.last_step - step, "validated": tokens, "save": saves}
 
     def _metrics(self, result, epoch: int) -> dict:
         sums, pace = result.sums, self.speed.read()
@@ -153,8 +165,8 @@ class Run:
         self.validation_due = False
         if figures:
             self.tracker.complete(step, figures)
-            self._print_validation(figures)
-            self._keep_validation(step, self._improved(figures))
+            self.report.validation(self.bound)
+            self._keep_validation(step, self._improved())
         return True
 
     def _keep_validation(self, step: int, improved: bool) -> None:
@@ -168,29 +180,35 @@ class Run:
             self.save(improved)
 
     def validate(self) -> dict:
-        """The bound of the averaged weights on the held-out texts; all ranks share the work. Stopped on a signal."""
+        """The bound of the averaged weights on held-out texts; all ranks share the work. Stopped on a signal."""
         if not len(self.parts.eval_set):
             return {}
-        parts, engine = self.parts, self.engine.engine
-        options = BoundOptions(device=self.dist.device)
+        parts, engine, step = self.parts, self.engine.engine, self.engine.global_steps
+        texts, tokens = self.validations.texts(step), self.validations.tokens(step)
+        if len(texts) > self.validations.count:
+            self.log(f"the last validation reads all {len(texts):,} held-out texts")
+        options = BoundOptions(self.validations.levels, device=self.dist.device, shown="validating")
         share = Share(self.dist.rank, self.dist.world_size, self.dist.sum_tensor, self.engine.asked_to_stop)
         engine.eval()
         try:
-            with self.engine.averaged_weights():
+            with self.engine.averaged_weights(), self.report.watch.taking("validated", tokens):
                 self.bound = bound_of(
-                    parts.module, parts.text_format, parts.eval_set, forward=engine, options=options, share=share
+                    parts.module, parts.text_format, texts, forward=engine, options=options, share=share
                 )
         finally:
             engine.train()
         return {
+            "val_tokens": int(self.bound.tokens.sum()),
             "val_loss": self.bound.loss,
             "val_bits_per_token": self.bound.bits_per_token,
+            "val_bits_per_token_error": self.bound.standard_error,
             "val_bits_per_byte": self.bound.bits_per_byte,
             "val_token_accuracy": self.bound.accuracy_per_level,
         }
 
-    def _improved(self, row: dict) -> bool:
-        value = row.get("val_bits_per_token", math.inf)
+    def _improved(self) -> bool:
+        """Compared are always the same texts, also where the last validation has read more."""
+        value = self.bound.bits_of_first(self.validations.count)
         if not value < self.best:
             return False
         self.best, self.best_step = value, self.engine.global_steps
@@ -203,6 +221,7 @@ class Run:
             "bits_per_token": self.bound.bits_per_token if self.bound else None,
         }
 
+    @timed("save")
     def save(self, improved: bool = False) -> None:
         """A checkpoint of this step, the best so far where the validation has `improved`. Collective."""
         state = {
@@ -211,6 +230,7 @@ class Run:
             "train_batch_size": self.train_batch_size,
             **self._validation_state(),
             "validation_due": self.validation_due,
+            "validations": self.validations.state(),
             "schedule": self.schedule.state() if self.schedule else None,
         }
         texts = {
@@ -228,54 +248,21 @@ class Run:
         self.saved_step = self.engine.global_steps
         self.log(f"saved {folder}" + (" (best)" if improved else ""))
 
-    # ---- words ----
-
     def log(self, line: str) -> None:
-        """On rank 0. The run goes on when nobody listens any more (the launcher has ended, the terminal is closed)."""
-        if self.dist.rank == 0:
-            with contextlib.suppress(OSError):
-                print(line, flush=True)
+        """On rank 0."""
+        self.report.say(line)
 
     def introduce(self, decided: list[str], notes: list[str], resumed: Path | None) -> None:
         """What the run is: `decided`, what was left open and is now known; `notes`, what its user should know."""
-        parts, config = self.parts, self.config
-        size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parts.module.parameters())
-        if decided:
-            self.log(f"automatic: {', '.join(decided)}")
-        for note in notes:
-            self.log(f"note: {note}")
-        if resumed:
-            self.log(f"resumed {resumed} at step {self.first_step}")
-        self.log(
-            f"{config.model}: {size / 1e6:.2f} M parameters; {parts.layout.codec}\n"
-            f"{len(parts.train_set):,} training images with {parts.train_set.num_tokens:,} tokens, "
-            f"{len(parts.eval_set):,} validation images with {parts.eval_set.num_tokens:,}; "
-            f"unigram entropy {parts.unigram_entropy:.3f} bits per token\n"
+        self.report.begin(self.config, decided, notes, resumed)
+        engine = (
             f"{self.dist.world_size} rank(s) on {self.dist.device.type}, ZeRO stage {self.engine.stage}, train batch "
             f"{self.train_batch_size} = {self.engine.accumulation} micro-batch(es) a rank; "
             f"{self.last_step} of {self.schedule_steps} steps"
         )
-        if parts.module.told != parts.module.model.writing:
-            self.log("bits/token of a step are those of many small steps; validations draw tokens in turn: fewer bits")
-
-    def _print(self, row: dict, step: int) -> None:
-        left = self.speed.time_left(self.last_step - step)
-        words = [f"step {step}/{self.last_step}", f"epoch {row['epoch'] + 1}", f"loss {row['loss']:.4f}"]
-        if "bits_per_token" in row:
-            words.append(f"bits/token {row['bits_per_token']:.2f}")
-        words += [f"lr {row['lr']:.2e}", f"grad norm {row['grad_norm']:.2f}"]
-        words += [f"{row['valid_tokens_per_second']:,.0f} tokens/s"]
-        words += [
-            f"{row['model_flops_per_second'] / 1e9:,.0f} GFLOP/s ({row['peak_share']:.0%} of peak)",
-            f"{left} left",
-        ]
-        self.log("  ".join(words))
-
-    def _print_validation(self, figures: dict) -> None:
-        self.log(
-            f"validation: loss {figures['val_loss']:.4f}  bits/token {figures['val_bits_per_token']:.4f}  "
-            f"bits/byte {figures['val_bits_per_byte']:.4f}"
-        )
+        self.report.describe(self.parts, self.config.model, engine)
+        if not self.compares:
+            self.log("validations read other texts than before: the best checkpoint is found anew")
 
     def finish(self) -> None:
         """Shows what the run can do, and the commands to go on with it."""
@@ -288,23 +275,21 @@ class Run:
                 self.log("no more samples: the run is complete, and saved")
         self.tracker.close()
         self.dist.barrier()
-        if self.bound is not None:
-            self.log(
-                f"\nvalidation: {self.bound.bits_per_token:.4f} bits per token "
-                f"(unigram entropy {self.parts.unigram_entropy:.4f}), {self.bound.bits_per_byte:.4f} bits per byte"
-            )
-            if self.dist.rank == 0 and (counted := ngram.measure(self.parts.train_set, self.parts.eval_set)):
-                self.log(f"beside it, counting alone: {counted} bits per token")
-        for what, command in next_steps(self.config, len(self.parts.train_set), self._a_prompt()).items():
-            self.log(f"{what + ':':<14}{command}")
+        commands = next_steps(self.config, len(self.parts.train_set), self._a_prompt())
+        counted = None
+        if self.bound is not None and self.dist.rank == 0:
+            counted = ngram.measure(self.parts.train_set, self.parts.eval_set)
+        self.report.end(self.bound, self.parts.unigram_entropy, counted, commands)
 
     def _show_samples(self) -> None:
         """Texts from the last checkpoint as a user would get them, from the averaged weights on the disk."""
         folder = Path(self.config.output_dir) / checkpoints.FOLDER / checkpoints.tag_of(self.saved_step)
         trained = load_trained(str(folder))
-        texts = generate(trained, self._prompts(), SamplingOptions(seed=self.config.seed))
-        print("\nsamples:")
-        show(texts)
+        with Work("writing samples"):
+            texts = generate(trained, self._prompts(), SamplingOptions(seed=self.config.seed))
+        with given_up():
+            print("\nsamples:")
+            show(texts)
         step = self.engine.global_steps
         self.tracker.images("samples", images_of(trained, texts), step)
         lines = [f"- {text['prompt'] or ''} → {text['text']}" for text in texts]
@@ -326,47 +311,3 @@ class Run:
             return [None] * count
         decode = self.parts.tokenizer.decode
         return [decode(held_out.prompt_ids(i)) for i in range(min(count, len(held_out)))]
-
-
-@dataclass
-class Pace:
-    """What was done in `steps` steps that took `seconds`, `waited` of them for data: sums over all ranks."""
-
-    steps: int
-    seconds: float
-    waited: float
-    valid_tokens: float
-    flops: float
-
-
-class Speedometer:
-    """What was done since the last reading, and the pace of the whole run."""
-
-    def __init__(self) -> None:
-        self.all_steps, self.all_seconds = 0, 0.0
-        self.restart()
-
-    def add(self, result: StepResult, wait_seconds: float) -> None:
-        """A step. Its sums stay where they are: no accelerator is waited for."""
-        self.results.append(result)
-        self.waited += wait_seconds
-
-    def read(self) -> Pace:
-        """Of the steps since the last reading, at least one."""
-        sums = [result.sums for result in self.results]
-        tokens, flops = (sum(values[name] for values in sums) for name in ("valid_tokens", "flops"))
-        seconds = time.perf_counter() - self.begun
-        pace = Pace(len(sums), seconds, self.waited, tokens, flops)
-        self.all_steps, self.all_seconds = self.all_steps + pace.steps, self.all_seconds + seconds
-        self.restart()
-        return pace
-
-    def restart(self) -> None:
-        """Leaves what happened since the last reading (a validation, say) out of the next."""
-        self.results: list[StepResult] = []
-        self.waited, self.begun = 0.0, time.perf_counter()
-
-    def time_left(self, steps: int) -> str:
-        seconds = round(steps * self.all_seconds / max(1, self.all_steps))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"

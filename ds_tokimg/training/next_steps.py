@@ -15,7 +15,10 @@ from ds_tokimg.training.automatic import left_open
 # A size that is worth a larger machine, for each.
 LARGER = {"XS": "B", "S": "B", "B": "L", "L": "H", "H": "H"}
 # What a larger run decides for itself, or what belongs to this launch.
-OF_THIS_RUN = ("model", "output_dir", "resume", "accept_other_texts", "init_from", "max_steps", "profile")
+OF_THIS_RUN = (
+    *("model", "output_dir", "resume", "accept_other_texts", "init_from", "max_steps", "profile", "verbose"),
+    "eval_tokens",
+)
 
 
 def next_steps(config: TrainConfig, images: int, prompt: str | None) -> dict[str, str]:

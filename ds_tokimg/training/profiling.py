@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ds_tokimg.console import say
+
 WARM_UP_STEPS = 2
 
 
@@ -27,8 +29,8 @@ def profiled(steps: int, output_dir: str, dist) -> Iterator[Callable[[], None]]:
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
         order = "self_cpu_time_total" if dist.device.type == "cpu" else "self_device_time_total"
-        print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
-        print(f"profile of {steps} steps: {folder / 'trace.json'}")
+        say(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
+        say(f"profile of {steps} steps: {folder / 'trace.json'}")
 
     plan = schedule(wait=0, warmup=WARM_UP_STEPS, active=steps, repeat=1)
     with profile(schedule=plan, on_trace_ready=write) as profiler:

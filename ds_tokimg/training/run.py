@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_tokimg.console import Work
 from ds_tokimg.data.run_texts import RunTexts, file_of
 from ds_tokimg.data.sources import MissingTexts
 from ds_tokimg.errors import UserError, raise_problems
@@ -13,6 +14,7 @@ from ds_tokimg.settings import engine_json, formats
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.files import check_folder, write_folder, write_text
+from ds_tokimg.settings.unused import beyond_the_run
 from ds_tokimg.training.lock import Lock, only_writer
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
 def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
-    from ds_tokimg.training import automatic
+    from ds_tokimg.training import automatic, budget
     from ds_tokimg.training.loop import Run
 
     resumed = find_resumed(config, dist)
@@ -44,20 +46,23 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     config, decided = automatic.decide(config, raw, len(parts.train_set), dist.world_size, train_batch_size)
     settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
+    config, read = budget.decide(config, parts)
     notes = [*parts.notes, *texts_notes, *notes]
-    notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
+    steps = config.epochs * parts.steps_per_epoch(config.train_batch_size)
+    notes += [*automatic.short_schedule(steps, config), *beyond_the_run(config, steps), *parts.without_prompts(config)]
     dist.on_first_rank(lock.take)
     dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     dist.on_first_rank(lambda: write_texts(config, parts, resumed))
     check_shared(config, dist)
-    engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
-    if resumed:
-        state = checkpoints.load(engine, resumed)
-        if before is not None and before.validation != parts.eval_set.corpus.fingerprint:
-            state |= {"best": None, "best_step": None}  # of other texts: no figure to compare with
-    run = Run(config, settings, parts, engine, state)
-    run.introduce(decided, notes, resumed)
+    with Work("preparing the engine"):
+        engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
+        if resumed:
+            state = checkpoints.load(engine, resumed)
+            if before is not None and before.validation != parts.eval_set.corpus.fingerprint:
+                state |= {"best": None, "best_step": None}  # of other texts: no figure to compare with
+        run = Run(config, settings, parts, engine, state)
+    run.introduce([*decided, *read], notes, resumed)
     with run.signals:
         run.loop()
         run.finish()

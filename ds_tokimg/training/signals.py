@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ds_tokimg.console import say_from_signal
+
 if TYPE_CHECKING:
     from ds_tokimg.engine.engine import TrainEngine
 
@@ -65,5 +67,4 @@ class StopSignals:
     def _say(self, line: str) -> None:
         """On rank 0, past Python's buffers: the signal may have come in the middle of a print."""
         if self.engine.dist.rank == 0:
-            with contextlib.suppress(OSError):
-                os.write(1, f"{line}\n".encode())
+            say_from_signal(line)

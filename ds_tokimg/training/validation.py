@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ds_tokimg.data.batch import Batch, BatchPacker, Canvas, stagger
-from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.rng import Stream, generator, low_discrepancy
 from ds_tokimg.diffusion.levels import SamplingPath
 from ds_tokimg.diffusion.path import timestep_of_log_snr
@@ -24,7 +24,7 @@ class ValidationBatches:
     not.
     """
 
-    dataset: TokenImageDataset
+    dataset: Any
     layout: PatchLayout
     path: SamplingPath
     seed: int = 0

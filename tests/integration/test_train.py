@@ -38,7 +38,7 @@ def corpus(tmp_path_factory) -> Path:
 def run(corpus, tmp_path_factory) -> tuple[Path, str]:
     """A finished run of 8 steps and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    return folder, train_in_ranks(1, small_flags(corpus, folder, "--max_steps", 8, "--num_samples", 1))
+    return folder, train_in_ranks(1, small_flags(corpus, folder, "--max_steps", 8, "--num_samples", 1, "--verbose"))
 
 
 def with_json(folder: Path, **changes) -> list:

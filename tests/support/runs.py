@@ -39,6 +39,7 @@ def small_flags(data_path, output_dir, *more) -> list[str]:
     defaults = "--model JiT-XS/4 --img_size 16 --max_tokens 64 --vocab_size 300 --train_batch_size 8 --seed 1"
     defaults += " --timesteps band --lr 1e-3 --epochs 1"
     intervals = "--log_interval 1 --eval_interval 4 --save_interval 4 --num_samples 0 --max_steps 4"
+    intervals += " --eval_tokens 0"  # all of the few held-out texts, as `evaluate` reads them
     paths = ["--data_path", str(data_path), "--output_dir", str(output_dir)]
     return [*paths, *defaults.split(), *intervals.split(), *map(str, more)]
 

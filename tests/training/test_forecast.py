@@ -219,3 +219,34 @@ def test_a_rank_that_states_alone_fill_has_no_micro_batch():
     footprint = Footprint(10**9, "fp32", 2, 1, {}, on_cpu=True, fixed=0, per_sample=10**6)
     assert largest_micro_batch(footprint, rank_memory(footprint, 0, 1), 19e9) == 0
     assert largest_micro_batch(footprint, rank_memory(footprint, 3, 1000), 19e9) > 10_000
+
+
+# ---- time ----
+
+
+def test_a_step_is_measured_and_a_run_is_its_steps_and_validations(corpus):
+    flags = ("--max_steps", 20, "--eval_interval", 5, "--eval_tokens", 0)
+    report = forecast.make_plan(settings(corpus, *flags), read(SHIPPED), CPU, timed=True)
+    time, data = report["time"], report["data"]
+    assert time["measured"] and 0 < time["step_seconds"] < 30
+    tokens = 4 * data["tokens_per_image"] * data["eval_images"]
+    expected = tokens * 2.35 / report["batch"]["tokens_per_step"]  # 8 levels, and drawing in turn
+    # Held-out images are not all full.
+    assert time["validation_seconds"] == pytest.approx(expected * time["step_seconds"], rel=0.2)
+    assert time["seconds"] == pytest.approx(20 * time["step_seconds"] + time["validation_seconds"])
+    (line,) = [line for line in plan.as_text(report).splitlines() if line.startswith("time")]
+    assert "of it validation" in line and "(measured)" in line
+
+
+def test_what_takes_too_long_to_measure_is_estimated(corpus, monkeypatch):
+    monkeypatch.setattr("ds_tokimg.training.duration.LONGEST_SECONDS", 0.0)
+    report = forecast.make_plan(settings(corpus), read(SHIPPED), CPU, timed=True)
+    assert not report["time"]["measured"] and report["time"]["step_seconds"] > 0
+    assert "estimated from its operations" in plan.as_text(report)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_another_kind_of_machine_cannot_be_measured(corpus):
+    report = forecast.make_plan(settings(corpus), read(SHIPPED), Machine(1, "cuda", bf16=True, fp16=True), timed=True)
+    assert report["time"] is None
+    assert "this machine has no cuda to measure it on" in plan.as_text(report)
