@@ -24,7 +24,7 @@ from ds_tokimg.training.bound import DEFAULT_LEVELS
 # the end, beside the whole run, if it is to read all texts.
 ON_THE_WAY, AT_END = 0.02, 0.04
 # What a token costs at one noise level of the bound, and where tokens are drawn, beside its training.
-LEVEL_COST, DRAWN_COST = 0.25, 0.35
+LEVEL_COST, DRAWN_COST = 0.3, 0.35
 # Noise levels at which a budget says most: fewer levels leave more error than more texts take away.
 LEVELS = 4
 # Fewer say nothing.
