@@ -67,6 +67,15 @@ class KVCache:
         self.shift_to_noisy: Tensor | None = None  # the same, to a noisy one
         self.tokens: Tensor | None = None  # [B, reach, F], features of the last tokens for the local window
 
+    def select(self, rows: Tensor) -> KVCache:
+        """Of these texts alone, bool [B]."""
+        cache = copy.copy(self)
+        cache.past = [[part[rows] for part in past] for past in self.past]
+        for name in ("valid", "shift", "shift_to_noisy", "tokens"):
+            value = getattr(self, name)
+            setattr(cache, name, value if value is None else value[rows])
+        return cache
+
     def for_one_pass(self) -> KVCache:
         """A copy to which a pass may add without changing this."""
         cache = copy.copy(self)

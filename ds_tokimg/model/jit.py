@@ -290,19 +290,26 @@ class JiT(ImagePatches, nn.Module):
         """For as many texts as slot_mask [B, N, K] has, before anything is read."""
         return KVCache(len(self.layers), len(slot_mask), slot_mask.device)
 
-    def prefill(self, cache: KVCache, patches: Tensor, slot_mask: Tensor, positions: Tensor | None = None) -> None:
+    def prefill(
+        self,
+        cache: KVCache,
+        patches: Tensor,
+        slot_mask: Tensor,
+        positions: Tensor | None = None,
+        blocks: Tensor | None = None,
+    ) -> None:
         """Reads a prompt (positions None) or the next block of clean patches [B, n, P] into the cache, once for all
-        steps to come."""
+        steps to come. `blocks`: int64 [n], of several blocks, the one that each patch belongs to."""
         if positions is None:
             segment = self._prompt_segment(patches, slot_mask)
         else:
             segment = self._clean_segment(patches, slot_mask, positions, cache.shift)
-        x = self._transform(self._embed(segment), [segment], slice(self.entry), cache=cache)
+        x = self._transform(self._embed(segment), [segment], slice(self.entry), blocks, cache)
         cache.shift = None if positions is None else segment.shifted[:, -1:]
         cache.shift_to_noisy = cache.shift
         if self.entry:
             cache.shift_to_noisy = self.context_shift(self.context_norm(last_valid(x, segment.valid)))
-        self._transform(x, [segment], slice(self.entry, None), cache=cache)
+        self._transform(x, [segment], slice(self.entry, None), blocks, cache)
         if self.local_window is not None and positions is not None:
             cache.tokens = self.local_window.last(segment.tokens, cache.tokens)
         cache.valid = torch.cat([cache.valid, segment.valid], 1)
@@ -393,7 +400,7 @@ class JiT(ImagePatches, nn.Module):
             time = torch.cat([s.time.expand(-1, s.own.shape[1], -1) for s in segments], 1)
         rotation = self._rotation(positions)
         valid = valid if cache is None else torch.cat([cache.valid, valid], 1)
-        visible = visible_mask(valid, blocks, segments[-1].kind == NOISY)
+        visible = visible_mask(valid, blocks, segments[-1].kind == NOISY)[..., -x.shape[1] :, :]
         pasts = [None] * len(self.layers) if cache is None else cache.past
         for layer, past in zip(passed, pasts[layers], strict=True):
             only = wanted if layer is passed[-1] and wanted != x.shape[1] else None
