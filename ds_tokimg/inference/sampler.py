@@ -226,7 +226,7 @@ class _Walk:
                 open_rows, written = open_rows[wanted], written[wanted]
                 self._keep(wanted)
             if len(open_rows):
-                self._prefill(self._colours(written), self.mask[:, now], self.positions[:, now])
+                self._prefill(written, now)
             start = now.stop
 
     def _take(self, ids: Tensor, rows) -> None:
@@ -252,8 +252,9 @@ class _Walk:
 
     def _keep(self, wanted: Tensor) -> None:
         """Goes on with these texts alone, bool [B]."""
-        for name in ("mask", "fixed", "fixed_ids", "fixed_clean", "positions"):
+        for name in ("mask", "fixed", "fixed_ids", "fixed_clean"):
             setattr(self, name, getattr(self, name)[wanted])
+        self.positions = self.positions[: len(self.mask)]  # the same for all
         self.caches = {key: cache.select(wanted) for key, cache in self.caches.items()}
         if self.condition is not None:
             self.condition = tuple(part[wanted] for part in self.condition)
@@ -288,13 +289,17 @@ class _Walk:
         piece = max(1, _PREFILLED // (len(self.mask) * size)) * size
         for start in range(0, stop, piece):
             now = slice(start, min(stop, start + piece))
-            blocks = torch.arange(now.start, now.stop, device=self.device) // size
-            self._prefill(self.fixed_clean[:, now], self.mask[:, now], self.positions[:, now], blocks)
+            self._prefill(self.fixed_ids[:, now], now)
         return stop
 
-    def _prefill(self, clean: Tensor, mask: Tensor, positions: Tensor, blocks: Tensor | None = None) -> None:
+    def _prefill(self, ids: Tensor, now: slice) -> None:
+        """Reads some patches [B, n, K] that are written, in whole blocks."""
+        blocks, size = None, self.writing.block_size
+        if now.stop - now.start > size:
+            blocks = torch.arange(now.start, now.stop, device=self.device) // size
+        clean, mask, positions = self._colours(ids), self.mask[:, now], self.positions[:, now]
         for cache in self.caches.values():
-            self.model.prefill(cache, clean, mask, positions, blocks)
+            self.model.prefill(cache, clean, mask, positions, blocks, ids)
 
     def _denoise(self) -> tuple[Tensor, Tensor]:
         """From noise to tokens: ids [B, N, K], and bool [B, N, K], the colour is no token."""

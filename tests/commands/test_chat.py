@@ -87,17 +87,18 @@ def conversation(lm, *lines: str, seed: int = 0) -> list[str]:
         # Without the template, the model is shown the text as it stands here.
         shown = load_trained(str(lm))
         shown.format = dataclasses.replace(shown.format, use_chat_template=False)
-        text = generate(shown, [before], SamplingOptions(seed=seed + number))[0]["text"]
+        text = generate(shown, [before], SamplingOptions(seed=seed + number, max_new_tokens=3))[0]["text"]
         answers.append(text)
         before = before.removesuffix("assistant: ") + f"assistant: {text}\n"
     return answers
 
 
 def test_a_model_of_conversations_is_shown_the_whole_one(talks, monkeypatch, capsys):
-    assert chat("a?\nb?\n", monkeypatch, "--checkpoint", talks) == 0
+    short = ["--checkpoint", talks, "--max_new_tokens", 3]
+    assert chat("a?\nb?\n", monkeypatch, *short) == 0
     expected = conversation(talks, "a?", "b?")
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in expected)
-    assert chat("a?\nb?\n", monkeypatch, "--checkpoint", talks, "--no_history") == 0
+    assert chat("a?\nb?\n", monkeypatch, *short, "--no_history") == 0
     alone = [conversation(talks, "a?")[0], conversation(talks, "b?", seed=1)[0]]
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in alone)
     assert alone[1] != expected[1]
@@ -105,7 +106,7 @@ def test_a_model_of_conversations_is_shown_the_whole_one(talks, monkeypatch, cap
 
 def test_commands(talks, monkeypatch, capsys):
     lines = ["a?", "/reset", "b?", "/retry", "//b", "/help", "/nonsense", "/quit", "never asked"]
-    assert chat("\n".join(lines), monkeypatch, "--checkpoint", talks) == 0
+    assert chat("\n".join(lines), monkeypatch, "--checkpoint", talks, "--max_new_tokens", 3) == 0
     printed = capsys.readouterr()
     answers = [conversation(talks, "a?")[0], *(conversation(talks, "b?", seed=seed)[0] for seed in (1, 2))]
     assert printed.out.startswith("".join(f"{answer}\n" for answer in answers))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ds_tokimg.errors import UserError
-from ds_tokimg.inference import texts
+from ds_tokimg.inference import sampler, texts
 from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.inference.options import SamplingOptions
 from ds_tokimg.inference.texts import TextStream, find_end, generate
@@ -174,7 +174,7 @@ def test_prompts_are_read_at_once_and_texts_are_as_if_read_one_by_one(models, mo
     monkeypatch.setattr(trained.model, "prefill", lambda *args: read.append(args[1].shape[1]) or prefill(*args))
     together = generate(trained, prompts, options())
     assert max(read) > 1
-    monkeypatch.setattr(texts.sample.__globals__["_Walk"], "_prefill_known", lambda walk: 0)
+    monkeypatch.setattr(sampler._Walk, "_prefill_known", lambda walk: 0)
     read.clear()
     assert generate(trained, prompts, options()) == together and set(read) == {1}
 

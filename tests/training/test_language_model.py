@@ -133,7 +133,11 @@ def test_gaps_answers_and_pictures(folders):
         ("at-once", lambda lm: lm("the sea", num_inference_steps=0), "steps"),
         ("at-once", lambda lm: lm("the sea", max_new_tokens=0), "max_new_tokens is 0"),
         ("at-once", lambda lm: lm("the sea", temperature=-1), "temperature is -1"),
-        ("at-once", lambda lm: lm("the sea", top_q=0.5), "unknown option 'top_q'; did you mean 'top_k'"),
+        (
+            "at-once",
+            lambda lm: lm("the sea", temprature=0.5),
+            "unknown option 'temprature'; did you mean 'temperature'",
+        ),
         ("at-once", lambda lm: lm("the sea", steps=2), "unknown option 'steps'"),
         ("at-once", lambda lm: lm("the sea", stop=""), "stop is empty"),
         ("at-once", lambda lm: lm.infill("the <gap:3>", stop="a"), "leave it out"),
