@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_tokimg.model.layers import Layer, RMSNorm, rope_frequencies
+from ds_tokimg.model.layers import Layer, Past, RMSNorm, rope_frequencies
 
 
 class TokenTransformer(nn.Module):
@@ -37,15 +37,15 @@ class TokenTransformer(nn.Module):
         place = torch.arange(length)[:, None] + distance
         return (place >= 0) & (place < length)
 
-    def forward(self, ids: Tensor, visible: Tensor | None, past: list[list[Tensor]] | None = None) -> Tensor:
+    def forward(self, ids: Tensor, visible: Tensor | None, past: list[Past] | None = None) -> Tensor:
         """ids [B, L], visible [B, 1, 1 or L, L] (who sees whom; None: all) -> logits [B, L, V].
 
-        past: keys and values of earlier positions, one list a layer, brought up to date (see `Attention`).
+        past: earlier positions, one a layer, which these are added to (see `Attention`).
         """
         own = x = self.embed(ids)
         for distance, shown in zip(self.shift, self.shown, strict=True):
             x = x + shown(own.roll(-distance, 1) * self._inside(ids.shape[1], distance))
-        first = past[0][0].shape[2] if past and past[0] else 0
+        first = past[0].length if past else 0
         places = torch.arange(first, first + ids.shape[1])
         angles = places[:, None] * rope_frequencies(self.half_head, ids.device)
         rotation = (angles.cos()[None, None], angles.sin()[None, None])
@@ -81,7 +81,7 @@ class Autoregressive(nn.Module):
         """Texts of `length` ids: [count, length]. Not with `shift`: the step does not see the token before its own."""
         assert not self.model.shift
         generator = torch.Generator().manual_seed(seed)
-        past: list[list] = [[] for _ in self.model.layers]
+        past = [Past() for _ in self.model.layers]
         ids = [torch.full((count, 1), self.eos_id)]
         for _ in range(length):
             logits = self.model(ids[-1], None, past)[:, -1].float()

@@ -21,6 +21,17 @@ def check_outputs(json_file: str | None, image_folder: str | None = None) -> Non
 def write_json(file: str, value: Any) -> None:
     """The file of --json. Raises UserError when it cannot be written."""
     try:
-        Path(file).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(file).write_text(pretty(value) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file} cannot be written: {error.strerror}") from None
+
+
+def pretty(value: Any, indent: int = 0) -> str:
+    """JSON with a key or an object a line; lists of plain values, such as token ids, stay on one."""
+    outer, inner = " " * indent, " " * (indent + 1)
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(str(key), ensure_ascii=False)}: {pretty(value[key], indent + 1)}" for key in value]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{outer}}}"
+    if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
+        return "[\n" + ",\n".join(inner + pretty(item, indent + 1) for item in value) + f"\n{outer}]"
+    return json.dumps(value, ensure_ascii=False)

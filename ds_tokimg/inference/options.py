@@ -23,6 +23,12 @@ class SamplingOptions:
         Salimans 2022), 0 ignores it. Other values than 0 and 1 cost two evaluations a step.
     eta: how much of the noise `ancestral` replaces in a step, as a multiple of what q(z_s | z_t, clean) does; at most
         all of it. The others replace none.
+    temperature, top_k, top_p: of every distribution over tokens that `ancestral` draws from, in this order: its
+        probabilities to the power 1 / temperature (0: the likeliest token); the top_k likeliest tokens alone (None:
+        all); of these the fewest likeliest ones whose probabilities sum to top_p at least. Where a token is drawn in
+        one step that is the whole story; a walk of several steps draws in each of them.
+    max_new_tokens: tokens to write at most; None: as many as the image has room for.
+    stop: a text ends before the first of these that it contains.
     """
 
     steps: int | None = None
@@ -32,13 +38,45 @@ class SamplingOptions:
     seed: int = 0
     batch_size: int = 64
     eta: float = 3.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Tokens are drawn from the model's own distributions."""
+        return self.temperature == 1 and self.top_k is None and self.top_p == 1
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
-        if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
-            raise ValueError("steps and batch_size must be at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"num_inference_steps is {self.steps}; it must be at least 1")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if not 0 <= self.eta < math.inf:
             raise ValueError(f"eta is {self.eta}; it must be 0 (no noise is replaced) or more")
         if self.block_size is not None and self.block_size < 0:
-            raise ValueError("block_size must be 0 (the whole image at once) or more")
+            raise ValueError(f"block_size is {self.block_size}; it must be 0 (the whole image at once) or more")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
+        self._check_draws()
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError("stop is empty: give a text of at least one character")
+
+    def _check_draws(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1 (leave it out for all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
+        if not self.is_as_trained and self.sampler != "ancestral":
+            raise ValueError(
+                f"temperature, top_k and top_p change how tokens are drawn, and the sampler {self.sampler} draws none: "
+                "leave them out, or take ancestral"
+            )

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -30,13 +31,37 @@ from ds_tokimg.data.rng import Stream, generator
 from ds_tokimg.diffusion.levels import DRAWN_SHARE, NoiseLevels
 from ds_tokimg.diffusion.path import START, alpha_sigma, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import RUN
+from ds_tokimg.inference.draws import inverse_of_cdf, reshaped
 from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
 from ds_tokimg.model.context import KVCache, Patches, WholeImage
 from ds_tokimg.model.heads.base import ChangedPrediction, Prediction
+from ds_tokimg.model.heads.digits import DigitHead
 from ds_tokimg.model.jit import JiT
 
 # See `inference.watching.Watcher`.
 Watch = Callable[[int, float, Tensor, Tensor, Tensor], None]
+
+# Known patches are read into the KV cache so many at a time, over all texts: what is computed of a token on the way may
+# be as large as the vocabulary. Tokens whose digits are drawn together fill pieces of so many numbers.
+_PREFILLED, _PIECE = 4096, 1 << 24
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which texts are written, for those who want only some of a list, or only as much as is needed.
+
+    image: 0; of texts that go on where an image is full, 1, 2, … for their next ones: each has noise of its own.
+    places: of each text in the whole list, which its noise follows from; None: 0, 1, 2, …
+    has_ended: whether nothing is wanted after the ids of a text (its number here, and what is written so far); such a
+        text is written no further, from left to right. None: all that was asked for is.
+    """
+
+    image: int = 0
+    places: Sequence[int] | None = None
+    has_ended: Callable[[int, list[int]], bool] | None = None
+
+
+ALL = Part()
 
 
 def timestep_grid(radix: int, steps: int, in_turn: bool = False) -> Tensor:
@@ -61,6 +86,7 @@ def sample(
     prompts: list | None = None,
     given: list[dict[int, int]] | None = None,
     watch: Watch | None = None,
+    part: Part = ALL,
 ) -> tuple[list[list[int]], int]:
     """Writes texts.
 
@@ -72,6 +98,7 @@ def sample(
             are known as a whole are shown without noise; a known token that shares its patch with unknown ones is as
             noisy as these, so that early on they hardly depend on it.
         watch: called with what stands at every noise level of the first text, see `inference.watching`; or None.
+        part: which texts these are, and how far they are wanted.
 
     Returns the ids of each text, and how many of all sampled colours were no token. A text depends on the options'
     seed and its place in the list, not on the batch it was sampled in.
@@ -79,7 +106,7 @@ def sample(
     texts, invalid = [], 0
     for start in range(0, len(lengths), options.batch_size):
         rows = range(start, min(len(lengths), start + options.batch_size))
-        walk = _Walk(model, lengths, rows, options, prompts, given)
+        walk = _Walk(model, lengths, rows, options, prompts, given, part)
         walk.watch = watch if start == 0 else None
         ids, bad = walk.run()
         texts += ids
@@ -94,22 +121,20 @@ def sample_stream(
     options: SamplingOptions,
     prompt: list[int] | None = None,
     given: dict[int, int] | None = None,
+    part: Part = ALL,
 ) -> Iterator[list[int]]:
     """Writes the text that `sample` writes first, and gives its ids so far whenever a block of patches is written: at
     once, all together. Arguments as those of `sample`, of one text. Who stops listening stops the writing."""
-    one = range(1)
-    walk = _Walk(model, [length], one, options, [prompt] if prompt is not None else None, [given] if given else None)
-    for ids, _, written in walk.states():
-        order = model.layout.order[:written].flatten()
-        places, in_text = order.sort()
-        known = int((places == torch.arange(len(places))).cumprod(0).sum())  # raster order leaves gaps between blocks
-        yield ids[0, :written].flatten().cpu()[in_text[: min(known, length)]].tolist()
+    prompts, known = None if prompt is None else [prompt], [given] if given else None
+    walk = _Walk(model, [length], range(1), options, prompts, known, part)
+    for _ in walk.states():
+        yield list(walk.texts[0])
 
 
 class _Walk:
     """One batch on its way from noise to tokens."""
 
-    def __init__(self, model, lengths, rows, options, prompts, given):
+    def __init__(self, model, lengths, rows, options, prompts, given, part: Part = ALL):
         self.model, self.options, self.writing = model, options, model.writing.asked(options.block_size)
         self.device = next(model.parameters()).device
         self.layout = layout = model.layout
@@ -117,7 +142,9 @@ class _Walk:
         _, mask = layout.pack([np.zeros(n, np.int64) for n in self.lengths])
         self.mask = mask.to(self.device)  # [B, N, K]
         self.patches = layout.num_patches(self.lengths)  # [B]
-        self.draws = [generator(options.seed, Stream.GENERATION, 0, i) for i in rows]
+        places = rows if part.places is None else [part.places[i] for i in rows]
+        self.draws = [generator(options.seed, Stream.GENERATION, part.image, i) for i in places]
+        self.has_ended, self.rows = part.has_ended, rows
         self.condition = self._condition([prompts[i] for i in rows]) if prompts is not None else None
         self.fixed_ids, self.fixed = self._given([given[i] for i in rows] if given is not None else None)
         self.fixed_clean = self._colours(self.fixed_ids)  # [B, N, P], meaningful where fixed
@@ -126,6 +153,7 @@ class _Walk:
         self.caches: dict[bool, KVCache] = {}
         self.watch: Watch | None = None
         self.first_patch = 0  # of the block at hand
+        self.texts: list[list[int]] = [[] for _ in rows]  # the ids so far
 
     def _condition(self, prompts):
         ids, mask = self.layout.pack([np.asarray(prompt, np.int64) for prompt in prompts])
@@ -161,33 +189,79 @@ class _Walk:
 
     def run(self) -> tuple[list[list[int]], int]:
         """The texts' ids, and how many colours were no token."""
-        ids, invalid, _ = deque(self.states(), maxlen=1).pop()
-        order = self.layout.order[: ids.shape[1]].flatten()
-        in_text = torch.argsort(order)
-        rows = ids.flatten(1).cpu()[:, in_text]
-        return [row[:n].tolist() for row, n in zip(rows, self.lengths, strict=True)], int((invalid & self.mask).sum())
+        invalid = deque(self.states(), maxlen=1).pop()
+        return self.texts, int(invalid)
 
-    def states(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Whenever patches are written: ids [B, N, K], which colours were no token, and how many patches are."""
+    def states(self) -> Iterator[int]:
+        """Whenever patches are written, and `texts` with them: how many colours were no token so far."""
         if self.writing.block_size:
             yield from self._from_left_to_right()
         else:
             ids, invalid = self._denoise()
-            yield ids, invalid, ids.shape[1]
+            self._take(ids, range(len(ids)))
+            yield int((invalid & self.mask).sum())
 
-    def _from_left_to_right(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Block after block."""
+    def _from_left_to_right(self) -> Iterator[int]:
+        """Block after block, until every text is as long as it should be or has ended."""
         self._prefill_condition()
-        ids, invalid = self.fixed_ids.clone(), torch.zeros_like(self.mask)
-        count = self.mask.shape[1]
-        for start in range(0, count, self.writing.block_size):
+        ids, invalid = torch.zeros_like(self.fixed_ids), 0
+        open_rows = torch.arange(len(ids), device=self.device)  # the texts that are still written
+        start = self._prefill_known()
+        ids[:, :start] = self.fixed_ids[:, :start]
+        self._watch_written(0, ids[0, :start])
+        while len(open_rows):
             block = self._block(slice(start, start + self.writing.block_size))
             now = slice(start, start + block.mask.shape[1])
+            written = block.fixed_ids
             if not (block.fixed | ~block.mask).all():
-                ids[:, now], invalid[:, now] = block._denoise()
-            yield ids, invalid, now.stop
-            if now.stop < count:
-                self._prefill(self._colours(ids[:, now]), self.mask[:, now], self.positions[:, now])
+                written, no_token = block._denoise()
+                invalid += int((no_token & block.mask).sum())
+            else:
+                self._watch_written(start, written[0])
+            ids[open_rows, now] = written
+            self._take(ids[:, : now.stop], open_rows.tolist())
+            yield invalid
+            wanted = self._unfinished(open_rows.tolist(), now.stop)
+            if not wanted.all():
+                open_rows, written = open_rows[wanted], written[wanted]
+                self._keep(wanted)
+            if len(open_rows):
+                self._prefill(written, now)
+            start = now.stop
+
+    def _take(self, ids: Tensor, rows) -> None:
+        """Brings the texts of these rows up to date with what is written, ids [B, n, K]."""
+        places, in_text = self.layout.order[: ids.shape[1]].flatten().sort()
+        if self.layout.layout == "patch":
+            known = len(places)
+        else:  # raster order leaves gaps between blocks
+            known = int((places == torch.arange(len(places))).cumprod(0).sum())
+        begin = min((len(self.texts[row]) for row in rows), default=0)
+        new = ids.flatten(1)[:, in_text[begin:known].to(ids.device)].tolist()
+        for row in rows:
+            text, end = self.texts[row], self.lengths[row]
+            text += new[row][len(text) - begin : max(0, end - begin)]
+
+    def _unfinished(self, rows: list[int], patches: int) -> Tensor:
+        """Which of these texts have more than so many patches and have not ended: bool [rows]."""
+        wanted = torch.from_numpy(self.patches > patches)
+        for number, row in enumerate(rows):
+            if wanted[number] and self.has_ended is not None:
+                wanted[number] = not self.has_ended(self.rows[row], self.texts[row])
+        return wanted.to(self.device)
+
+    def _keep(self, wanted: Tensor) -> None:
+        """Goes on with these texts alone, bool [B]."""
+        for name in ("mask", "fixed", "fixed_ids", "fixed_clean"):
+            setattr(self, name, getattr(self, name)[wanted])
+        self.positions = self.positions[: len(self.mask)]  # the same for all
+        self.caches = {key: cache.select(wanted) for key, cache in self.caches.items()}
+        if self.condition is not None:
+            self.condition = tuple(part[wanted] for part in self.condition)
+        chosen = wanted.tolist()
+        self.watch = self.watch if chosen[0] else None  # it looks at the first text
+        self.patches = self.patches[chosen]
+        self.draws = [draw for draw, is_kept in zip(self.draws, chosen, strict=True) if is_kept]
 
     def _block(self, now: slice) -> _Walk:
         """The walk of some patches after those in the caches."""
@@ -206,9 +280,26 @@ class _Walk:
         if self.condition is None or scale != 1:
             self.caches[False] = self.model.empty_cache(self.mask)
 
-    def _prefill(self, clean: Tensor, mask: Tensor, positions: Tensor) -> None:
+    def _prefill_known(self) -> int:
+        """Reads the blocks that are known as a whole in all texts and that every text goes on after, many at a time.
+        Returns how many patches they are."""
+        size, shortest = self.writing.block_size, int(self.patches.min())
+        known = self.fixed.all(-1).all(0).long().cumprod(0).sum().item()
+        stop = min(int(known), shortest - 1) // size * size
+        piece = max(1, _PREFILLED // (len(self.mask) * size)) * size
+        for start in range(0, stop, piece):
+            now = slice(start, min(stop, start + piece))
+            self._prefill(self.fixed_ids[:, now], now)
+        return stop
+
+    def _prefill(self, ids: Tensor, now: slice) -> None:
+        """Reads some patches [B, n, K] that are written, in whole blocks."""
+        blocks, size = None, self.writing.block_size
+        if now.stop - now.start > size:
+            blocks = torch.arange(now.start, now.stop, device=self.device) // size
+        clean, mask, positions = self._colours(ids), self.mask[:, now], self.positions[:, now]
         for cache in self.caches.values():
-            self.model.prefill(cache, clean, mask, positions)
+            self.model.prefill(cache, clean, mask, positions, blocks, ids)
 
     def _denoise(self) -> tuple[Tensor, Tensor]:
         """From noise to tokens: ids [B, N, K], and bool [B, N, K], the colour is no token."""
@@ -221,9 +312,13 @@ class _Walk:
             z = step(z, t, s)
         ids, invalid = self._last(z, float(grid[-2]))
         ids = torch.where(self.fixed, self.fixed_ids, ids)
-        if self.watch is not None:
-            self.watch(self.first_patch, 0.0, self._colours(ids)[0], ids[0], torch.ones(ids[0].shape))
+        self._watch_written(self.first_patch, ids[0])
         return ids, invalid
+
+    def _watch_written(self, first_patch: int, ids: Tensor) -> None:
+        """Shows patches [n, K] of the first text that are written, or known from the start."""
+        if self.watch is not None and len(ids):
+            self.watch(first_patch, 0.0, self._colours(ids[None])[0], ids, torch.ones(ids.shape))
 
     def _num_steps(self) -> int:
         steps = self.options.steps
@@ -310,6 +405,8 @@ class _Walk:
     def _choose_all(self, prediction: Prediction) -> Tensor:
         """Candidates drawn for every token: independently, or in turn."""
         if not prediction.is_in_turn:
+            if isinstance(self.model.head, DigitHead) and not self.options.is_as_trained:
+                return self._choose_digits(self.model.head, prediction.logits)
             return self._choose(prediction.logits, self.patches)
         ids = torch.zeros_like(self.fixed_ids)
         tokens = ids.view(len(ids), -1)
@@ -319,10 +416,22 @@ class _Walk:
         return ids
 
     def _choose(self, logits: Tensor, own) -> Tensor:
-        """Draws from softmax(logits) [B, n, …] along the last axis (Gumbel maximum, noise from each text's own
-        generator, for its `own` first rows of n)."""
+        """Draws from softmax(logits) [B, n, …] along the last axis, reshaped as the options say (Gumbel maximum, noise
+        from each text's own generator, for its `own` first rows of n)."""
         exponential = self._random(logits.shape[1:], own, lambda draw, shape: draw.standard_exponential(shape))
-        return (logits - exponential.log()).argmax(-1)
+        return (reshaped(logits, self.options) - exponential.log()).argmax(-1)
+
+    def _choose_digits(self, head: DigitHead, logits: Tensor) -> Tensor:
+        """Draws whole tokens from the posterior of their digits [B, N, K, D, radix], reshaped as the options say; the
+        digits of these, [B, N, K, D]. In pieces, for all of the vocabulary is weighed."""
+        uniform = self._random(logits.shape[1:3], self.patches, lambda draw, shape: draw.random(shape))
+        rows, uniform = logits.flatten(0, 2), uniform.flatten()
+        size = max(1, _PIECE // len(head.digit_table))
+        ids = [
+            inverse_of_cdf(reshaped(head.token_logits(of_rows), self.options), numbers)
+            for of_rows, numbers in zip(rows.split(size), uniform.split(size), strict=True)
+        ]
+        return head.digit_table[torch.cat(ids)].long().view(logits.shape[:-1])
 
     def _last(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Reads the tokens off the cleanest state: `ancestral` draws them, the others take the most likely."""

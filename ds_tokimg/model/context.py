@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_tokimg.model.layers import Past
+
 NOISY, CLEAN = 0, 1  # kinds of segments
 
 
@@ -58,19 +60,31 @@ class TeacherForced(NamedTuple):
 
 class KVCache:
     """Clean patches that the transformer has read (`JiT.prefill`), none at first: the patches to predict are those of
-    the block after them. `past`: keys and values of every layer, [B, heads, M, d] each."""
+    the block after them. `past`: keys and values of every layer."""
 
     def __init__(self, depth: int, batch: int, device):
-        self.past: list[list[Tensor]] = [[] for _ in range(depth)]
+        self.past = [Past() for _ in range(depth)]
         self.valid = torch.ones(batch, 0, dtype=torch.bool, device=device)  # [B, M]
         self.shift: Tensor | None = None  # [B, 1, C], from the last patch to a clean one after it; None: nothing
         self.shift_to_noisy: Tensor | None = None  # the same, to a noisy one
         self.tokens: Tensor | None = None  # [B, reach, F], features of the last tokens for the local window
+        # Noise levels [B, n] and their modulation [B, n, 6C], the last ones that were needed.
+        self.modulations: list[tuple[Tensor, Tensor]] = []
+
+    def select(self, rows: Tensor) -> KVCache:
+        """Of these texts alone, bool [B]."""
+        cache = copy.copy(self)
+        cache.modulations = []
+        cache.past = [past.select(rows) for past in self.past]
+        for name in ("valid", "shift", "shift_to_noisy", "tokens"):
+            value = getattr(self, name)
+            setattr(cache, name, value if value is None else value[rows])
+        return cache
 
     def for_one_pass(self) -> KVCache:
         """A copy to which a pass may add without changing this."""
         cache = copy.copy(self)
-        cache.past = [list(past) for past in self.past]
+        cache.past = [past.for_one_pass() for past in self.past]
         return cache
 
 

@@ -230,7 +230,8 @@ class JiT(ImagePatches, nn.Module):
         levels, mask = patches.levels, patches.slot_mask
         inputs, evidence, tokens = self._inputs(patches.noisy, levels, mask)
         before = seen.shift_to_noisy if isinstance(seen, KVCache) else None
-        noisy = self._segment(NOISY, inputs, tokens, levels, mask.any(-1), patches.places, before)
+        time = self._modulation(levels.clamp(self.cleanest, self.noisiest), seen)
+        noisy = self._segment(NOISY, inputs, tokens, time, mask.any(-1), patches.places, before)
         preceding = clean = None  # features of tokens without noise: of those before these, and of these
         if isinstance(seen, KVCache):
             x, preceding = self._after_cache(noisy, seen), seen.tokens
@@ -290,19 +291,28 @@ class JiT(ImagePatches, nn.Module):
         """For as many texts as slot_mask [B, N, K] has, before anything is read."""
         return KVCache(len(self.layers), len(slot_mask), slot_mask.device)
 
-    def prefill(self, cache: KVCache, patches: Tensor, slot_mask: Tensor, positions: Tensor | None = None) -> None:
+    def prefill(
+        self,
+        cache: KVCache,
+        patches: Tensor,
+        slot_mask: Tensor,
+        positions: Tensor | None = None,
+        blocks: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> None:
         """Reads a prompt (positions None) or the next block of clean patches [B, n, P] into the cache, once for all
-        steps to come."""
+        steps to come. `blocks`: int64 [n], of several blocks, the one that each patch belongs to. `ids`: the tokens
+        [B, n, K] of a block, from which its features are had for less."""
         if positions is None:
             segment = self._prompt_segment(patches, slot_mask)
         else:
-            segment = self._clean_segment(patches, slot_mask, positions, cache.shift)
-        x = self._transform(self._embed(segment), [segment], slice(self.entry), cache=cache)
+            segment = self._clean_segment(patches, slot_mask, positions, cache, ids)
+        x = self._transform(self._embed(segment), [segment], slice(self.entry), blocks, cache)
         cache.shift = None if positions is None else segment.shifted[:, -1:]
         cache.shift_to_noisy = cache.shift
         if self.entry:
             cache.shift_to_noisy = self.context_shift(self.context_norm(last_valid(x, segment.valid)))
-        self._transform(x, [segment], slice(self.entry, None), cache=cache)
+        self._transform(x, [segment], slice(self.entry, None), blocks, cache, wanted=0)
         if self.local_window is not None and positions is not None:
             cache.tokens = self.local_window.last(segment.tokens, cache.tokens)
         cache.valid = torch.cat([cache.valid, segment.valid], 1)
@@ -318,11 +328,14 @@ class JiT(ImagePatches, nn.Module):
         colours = self.head.colours(chosen).unflatten(-1, (self.slots, -1))
         return self.codec.nearest(colours)
 
-    def _inputs(self, noisy, level, slot_mask):
+    def _inputs(self, noisy, level, slot_mask, ids=None):
         """Features of the patches [B, N, F] (padding slots zeroed), the head's evidence (None for `linear`), and the
-        features of the tokens [B, N * K, F'] for the local window, or None where there is none."""
+        features of the tokens [B, N * K, F'] for the local window, or None where there is none. ids: of tokens
+        [B, N, K] that are certain, whose evidence is not needed."""
         parts, evidence, tokens = [noisy.unflatten(-1, (self.slots, -1))], None, None  # each [B, N, K, features]
-        if self.head.features:
+        if ids is not None and isinstance(self.head, CandidateTokens):
+            parts.append(self.head.embed_ids(ids))
+        elif self.head.features:
             evidence = self.head.evidence(noisy, *alpha_sigma(level))
             parts.append(self.head.features_of(evidence))
         parts = [self._on_slots(part, slot_mask) for part in parts]
@@ -334,9 +347,20 @@ class JiT(ImagePatches, nn.Module):
         """Features [B, N, K, F] of tokens, zeroed where there is none."""
         return (features * slot_mask[..., None]).to(self.compute_dtype)
 
-    def _segment(self, kind: int, inputs, tokens, level, valid, positions, before: Tensor | None = None) -> Segment:
-        """Inputs [B, n, F] and features of their tokens at noise levels [B, n or 1], after a patch from which `before`
-        is shifted (None: after none).
+    def _modulation(self, levels: Tensor, seen=None) -> Tensor:
+        """Of noise levels [B, n]: [B, n, 6C]. Token after token has the same ones, which a KV cache remembers."""
+        if not isinstance(seen, KVCache):
+            return self.time_embed(levels)
+        for known, time in seen.modulations:
+            if torch.equal(known, levels):
+                return time
+        time = self.time_embed(levels)
+        seen.modulations = [*seen.modulations[-1:], (levels, time)]
+        return time
+
+    def _segment(self, kind: int, inputs, tokens, time, valid, positions, before: Tensor | None = None) -> Segment:
+        """Inputs [B, n, F] and features of their tokens, with the modulation [B, n or 1, 6C] of their noise levels,
+        after a patch from which `before` is shifted (None: after none).
 
         The token shift of Peng et al., "RWKV" (2023), section 3.1: which token follows which need not be found by
         attention first. Between a prompt and a clean patch nothing is shifted.
@@ -345,7 +369,6 @@ class JiT(ImagePatches, nn.Module):
         shifted = self.token_shift(own)
         before = torch.zeros_like(shifted[:, :1]) if before is None else before
         shift = torch.cat([before, shifted[:, :-1]], 1)
-        time = self.time_embed(level if kind == CLEAN else level.clamp(self.cleanest, self.noisiest))
         return Segment(kind, own, shifted, shift, time, valid, positions, tokens)
 
     def _prompt_segment(self, patches: Tensor, slot_mask: Tensor) -> Segment:
@@ -354,11 +377,12 @@ class JiT(ImagePatches, nn.Module):
         positions = torch.arange(count, device=patches.device) - slot_mask.any(-1).sum(1, keepdim=True)
         return self._clean_segment(patches, slot_mask, positions)
 
-    def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor, before=None) -> Segment:
-        """Patches without noise, which are not predicted."""
+    def _clean_segment(self, patches: Tensor, slot_mask: Tensor, positions: Tensor, cache=None, ids=None) -> Segment:
+        """Patches without noise, which are not predicted; after those in a cache."""
         level = patches.new_zeros(len(patches), 1)
-        inputs, _, tokens = self._inputs(patches, level, slot_mask)
-        return self._segment(CLEAN, inputs, tokens, level, slot_mask.any(-1), positions, before)
+        inputs, _, tokens = self._inputs(patches, level, slot_mask, ids)
+        time, before = self._modulation(level, cache), None if cache is None else cache.shift
+        return self._segment(CLEAN, inputs, tokens, time, slot_mask.any(-1), positions, before)
 
     def _shift_to_noisy(self, read: Tensor, segments: list[Segment]) -> Tensor:
         """What is shifted to noisy patches from the clean one before them, [B, N, C].
@@ -386,14 +410,16 @@ class JiT(ImagePatches, nn.Module):
         passed = list(self.layers)[layers]
         if not passed:
             return x
-        valid = torch.cat([segment.valid for segment in segments], 1)
-        positions = torch.cat([segment.positions for segment in segments], 1)
-        time = segments[0].time
+        valid, positions, time = segments[0].valid, segments[0].positions, segments[0].time
         if len(segments) > 1:
+            valid = torch.cat([segment.valid for segment in segments], 1)
+            positions = torch.cat([segment.positions for segment in segments], 1)
             time = torch.cat([s.time.expand(-1, s.own.shape[1], -1) for s in segments], 1)
         rotation = self._rotation(positions)
         valid = valid if cache is None else torch.cat([cache.valid, valid], 1)
-        visible = visible_mask(valid, blocks, segments[-1].kind == NOISY)
+        visible = None
+        if cache is None or blocks is not None or not valid.all():
+            visible = visible_mask(valid, blocks, segments[-1].kind == NOISY)[..., -x.shape[1] :, :]
         pasts = [None] * len(self.layers) if cache is None else cache.past
         for layer, past in zip(passed, pasts[layers], strict=True):
             only = wanted if layer is passed[-1] and wanted != x.shape[1] else None
@@ -411,6 +437,8 @@ class JiT(ImagePatches, nn.Module):
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE, each [B, 1, N, head_dim / 2] (Su et al. 2021)."""
+        if len(positions) > 1 and positions.stride(0) == 0:  # the same in all rows
+            positions = positions[:1]
         half = self.config.width // self.config.heads // 2
         angles = (positions[..., None] * rope_frequencies(half, positions.device))[:, None]
         return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)

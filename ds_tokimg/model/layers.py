@@ -3,6 +3,7 @@ patch learn from those next to them (local window, token MLP)."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -54,17 +55,59 @@ class Layer(nn.Module):
         time: Tensor,
         rotation,
         visible: Tensor | None,
-        past: list | None = None,
+        past: Past | None = None,
         wanted: int | None = None,
     ) -> Tensor:
-        """x [B, N, C]; time [B, N or 1, 6C]; see `Attention`. `wanted`: the result is of the last so many positions."""
+        """x [B, N, C]; time [B, N or 1, 6C]; see `Attention`. `wanted`: the result is of the last so many positions (0:
+        of none, these are only remembered)."""
         # Each [B, N or 1, C], by one operation: the gradient of a slice is a slice in zeros as wide as the whole.
         shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.offset).chunk(6, -1)
         mixed = self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, visible, past, wanted)
+        if wanted == 0:
+            return x[:, :0]
         if wanted is not None:
             x, gate1, shift2, scale2, gate2 = (part[:, -wanted:] for part in (x, gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, gate1, mixed)
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
+
+
+class Past:
+    """Keys and values of earlier positions, which attention adds to: [B, heads, M, d] each, in buffers with room for
+    more, so that a position costs what it is, not what all before it are."""
+
+    def __init__(self) -> None:
+        self.length = 0  # M
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, heads, n, d] -> all of them, [B, heads, M + n, d]."""
+        begin, self.length = self.length, self.length + keys.shape[2]
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = (_longer(part, begin, 2 * self.length) for part in (self.keys, self.values))
+        if begin:
+            self.keys[:, :, begin : self.length], self.values[:, :, begin : self.length] = keys, values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def for_one_pass(self) -> Past:
+        """What may be added to once without changing this: it writes behind what is here."""
+        return copy.copy(self)
+
+    def select(self, rows: Tensor) -> Past:
+        """Of these texts alone, bool [B]."""
+        past = copy.copy(self)
+        if self.keys is not None and self.values is not None:
+            past.keys, past.values = self.keys[rows], self.values[rows]
+        return past
+
+
+def _longer(part: Tensor, used: int, length: int) -> Tensor:
+    """The same [B, heads, used, d] in a buffer of another length."""
+    longer = part.new_empty(*part.shape[:2], length, part.shape[3])
+    longer[:, :, :used] = part[:, :, :used]
+    return longer
 
 
 class Attention(nn.Module):
@@ -76,19 +119,21 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, rotation, visible: Tensor | None, past: list[Tensor] | None = None, wanted: int | None = None
+        self, x: Tensor, rotation, visible: Tensor | None, past: Past | None = None, wanted: int | None = None
     ) -> Tensor:
-        """x [B, N, C]; visible bool, broadcasting to [B, heads, N, M + N], the positions that each may attend to; past:
-        keys and values of M earlier positions, each [B, heads, M, d], which these N come after; the list is brought up
-        to date. `wanted`: queries of the last so many positions alone; the result is [B, wanted, C]."""
+        """x [B, N, C]; visible bool, broadcasting to [B, heads, N, M + N], the positions that each may attend to (None:
+        all); past: M earlier positions, which these N come after, and are added to. `wanted`: queries of the last so
+        many positions alone; the result is [B, wanted, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
-        asking = rotation
+        k, asking = rotate(self.k_norm(k), *rotation), rotation
+        if past is not None:
+            k, v = past.add(k, v)
+        if wanted == 0:
+            return x[:, :0]
         if wanted is not None:
             q, asking = q[:, :, -wanted:], [part[..., -wanted:, :] for part in rotation]
             visible = visible if visible is None else visible[..., -wanted:, :]
-        q, k = rotate(self.q_norm(q), *asking), rotate(self.k_norm(k), *rotation)
-        if past is not None:
-            past[:] = k, v = [torch.cat(parts, 2) for parts in zip(past, (k, v), strict=True)] if past else (k, v)
+        q = rotate(self.q_norm(q), *asking)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.out(mixed.transpose(1, 2).flatten(2))
 

@@ -373,3 +373,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, use_chat_template: bool = F
         require_chat_template(tokenizer)
         prompt = chat_prompt(tokenizer, prompt)
     return encode(tokenizer, [prompt], parse_special=use_chat_template)[0]
+
+
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> np.ndarray:
+    """The ids of (role, content) messages in the chat template, up to where the assistant speaks: int32 [m]."""
+    require_chat_template(tokenizer)
+    return encode(tokenizer, [_rendered(tokenizer, messages, add_generation_prompt=True)], parse_special=True)[0]

@@ -6,16 +6,16 @@ It stands beside the bound, which `bits` needs; everything else of it is `ds_tok
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
 
-from ds_tokimg.errors import UserError
-from ds_tokimg.inference import texts
+from ds_tokimg.errors import UserError, nearest
+from ds_tokimg.inference import fitness, texts
 from ds_tokimg.inference.loading import TrainedModel, fetch, load_trained
 from ds_tokimg.inference.options import SamplingOptions
 from ds_tokimg.inference.pictures import Frame, draw
@@ -39,15 +39,25 @@ def load(path: str | Path, device: str = "auto", weights: str = "ema") -> Langua
 
 
 class Sampling(TypedDict, total=False):
-    """How to write; the same options and seed give the same text.
+    """How to write, see `SamplingOptions`; the same options and seed give the same text.
 
-    seed: of the noise, 0 where it is left out. num_inference_steps: network evaluations, of every block.
-    guidance_scale: above 1 exaggerates what the prompt asks for (models that answer).
+    seed: of the noise, 0 where it is left out. temperature, top_k, top_p: of the distributions that tokens are drawn
+    from. stop: a text, or several, before which what is written ends. num_inference_steps: network evaluations, of
+    every block. guidance_scale: above 1 exaggerates what the prompt asks for (models that answer). sampler, eta,
+    block_size, batch_size: as the flags of `generate`.
     """
 
     seed: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    stop: str | Sequence[str]
     num_inference_steps: int | None
     guidance_scale: float
+    sampler: str
+    eta: float
+    block_size: int | None
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,19 @@ class LanguageModel:
     ) -> Iterator[str]:
         """The same text in pieces, as soon as each is written. A model that writes the whole image at once gives one
         piece, at the end."""
-        return texts.stream(self.trained, prompt, self._options(**sampling), max_new_tokens)
+        options = self._options(max_new_tokens, **sampling)
+        fitness.check(self.trained, options, has_prompt=bool(prompt))
+        return iter(texts.TextStream(self.trained, prompt, options))
+
+    def generate(
+        self, prompts: Sequence[str | None], max_new_tokens: int | None = None, **sampling: Unpack[Sampling]
+    ) -> list[dict]:
+        """Many texts together, one per prompt: dicts with `prompt`, `text`, `token_ids`, `num_tokens`, `finish_reason`
+        ("stop" where a text ended, "length" where it was cut off) and `stop_reason` (the stop text, or None)."""
+        options = self._options(max_new_tokens, **sampling)
+        fitness.check(self.trained, options, has_prompt=any(prompts))
+        written = texts.generate(self.trained, prompts, options)
+        return [{key: value for key, value in text.items() if key != "image_ids"} for text in written]
 
     def answer(self, prompt: str, max_new_tokens: int | None = None, **sampling: Unpack[Sampling]) -> str:
         """The answer to a prompt, by a model that was trained on prompts and answers."""
@@ -104,7 +126,11 @@ class LanguageModel:
 
     def infill(self, text: str, **sampling: Unpack[Sampling]) -> str:
         """The text with its gaps, written `<gap:N>` for N tokens, filled; all else stays as it is."""
-        return str(texts.infill(self.trained, text, self._options(**sampling))[0]["text"])
+        options = self._options(**sampling)
+        if options.stop:
+            raise UserError("stop ends a text, and a gap has its length: leave it out")
+        fitness.check(self.trained, options)
+        return str(texts.infill(self.trained, text, options)[0]["text"])
 
     def image(self, text: str) -> Image.Image:
         """A picture of the text as the model's token image, with its words."""
@@ -154,12 +180,15 @@ class LanguageModel:
         ids = tokenizers.encode(tokenizer, [scored], parse_special=chat)[0]
         return np.append(ids, text_format.eos_id), condition[-text_format.max_tokens :]
 
-    def _options(
-        self, seed: int = 0, num_inference_steps: int | None = None, guidance_scale: float = 1.0
-    ) -> SamplingOptions:
-        if guidance_scale != 1 and not self.answers:
-            raise UserError(f"guidance_scale is {guidance_scale}, but this model was trained without conditions")
+    def _options(self, max_new_tokens: int | None = None, **sampling: Unpack[Sampling]) -> SamplingOptions:
+        values: dict[str, Any] = dict(sampling)
+        known = Sampling.__annotations__
+        unknown = next((name for name in values if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"unknown option {unknown!r}{nearest(unknown, known)}; there are {', '.join(known)}")
+        stop, steps = values.pop("stop", ()), values.pop("num_inference_steps", None)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         try:
-            return SamplingOptions(steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
+            return SamplingOptions(**values, steps=steps, stop=stops, max_new_tokens=max_new_tokens)
         except ValueError as error:
             raise UserError(str(error)) from None

@@ -26,6 +26,7 @@ SCRIPTS = {
     "startup": "--repetitions 1 --data_path {text}",
     "growth": "--parts corpus --megabytes 0.1 0.2",
     "data": "--megabytes 0.2 --repetitions 1",
+    "writing": "--texts 1 --tokens 4 --repetitions 1",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.references import Autoregressive, MaskedDiffusion, TokenTransformer
+from ds_tokimg.model.layers import Past
 
 SHAPE = (2, 32, 2)
 IDS = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -77,7 +78,7 @@ def test_sampling_remembers_what_it_has_read():
     """One token at a time with remembered keys and values gives the logits of the whole text at once."""
     model = trained(Autoregressive).model
     causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
-    past = [[] for _ in model.layers]
+    past = [Past() for _ in model.layers]
     one_by_one = torch.cat([model(IDS[:, [place]], None, past) for place in range(12)], 1)
     torch.testing.assert_close(one_by_one, model(IDS, causal), rtol=1e-4, atol=1e-4)
 

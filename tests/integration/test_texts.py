@@ -130,4 +130,4 @@ def test_conversations_and_prompts_that_are_cut(tmp_path, capsys):
     assert main([*asked, "--json", str(tmp_path / "texts.json")]) == 0
     answered = [text["prompt"] for text in json.loads((tmp_path / "texts.json").read_text())]
     assert answered == ["the house\x0con", "the\u2028sea " + "the cat sat " * 60]
-    assert "the last 64 of them are seen" in capsys.readouterr().out
+    assert "the last 64 of them are seen" in capsys.readouterr().err

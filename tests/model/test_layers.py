@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_tokimg.model.kernels.fused import rotate
-from ds_tokimg.model.layers import LocalWindow, TokenMLP
+from ds_tokimg.model.layers import LocalWindow, Past, TokenMLP
 from ds_tokimg.tokens.codec import TokenCodec
 from tests.support.tiny import tiny_model
 
@@ -120,3 +120,18 @@ def test_gradients_of_a_layer():
     rotation = (angles.cos(), angles.sin())
     inputs = (x.requires_grad_(), time.requires_grad_())
     assert torch.autograd.gradcheck(lambda a, b: layer(a, b, rotation, visible), inputs, fast_mode=True)
+
+
+def test_past_holds_what_was_added_whatever_one_pass_adds():
+    parts = torch.randn(9, 3, 2, 3, 4)  # each [B, heads, n, d], three texts
+    past, so_far = Past(), []
+    for part in parts:
+        once = past.for_one_pass()
+        keys, values = once.add(part + 1, part + 2)
+        assert torch.equal(keys, torch.cat([*so_far, part + 1], 2))
+        so_far.append(part)
+        keys, values = past.add(part, -part)
+        assert torch.equal(keys, torch.cat(so_far, 2)) and torch.equal(values, -keys)
+    chosen = torch.tensor([True, False, True])
+    keys, _ = past.select(chosen).add(parts[0][chosen], parts[0][chosen])
+    assert torch.equal(keys, torch.cat([*so_far, parts[0]], 2)[chosen]) and past.length == 27

@@ -16,12 +16,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_export(folder: Path, *, enable_condition=False, use_chat_template=False, tokenizer=None, **shape) -> Path:
+def write_export(
+    folder: Path, *, enable_condition=False, use_chat_template=False, tokenizer=None, token_size=1, **shape
+) -> Path:
     """An export of a tiny model. `shape`: of `tiny_model`."""
     tokenizer = tokenizer or train_tokenizer([" ".join(WORDS)] * 4, 280)
     if use_chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
-    model = tiny_model(TokenCodec(len(tokenizer)), **shape).eval()
+    model = tiny_model(TokenCodec(len(tokenizer), token_size), **shape).eval()
     text_format = TextFormat(
         max_tokens=64,
         canvas=2 if enable_condition else 0,

@@ -123,7 +123,7 @@ class ExactModel(nn.Module):
         cache.patches = None
         return cache
 
-    def prefill(self, cache, patches, slot_mask, positions):
+    def prefill(self, cache, patches, slot_mask, positions, blocks=None, ids=None):
         cache.patches = patches if cache.patches is None else torch.cat([cache.patches, patches], 1)
 
     def _from_left_to_right(self, noisy: Tensor, t: Tensor, clean: Tensor, blocks: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,8 +40,8 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("seed", [0, 3])
 def test_it_writes_what_generate_writes_in_pieces(export, prompt, seed):
     lm = load(export)
-    options = SamplingOptions(steps=2, seed=seed)
-    expected = generate(lm.trained, [prompt], options, max_new_tokens=40)[0]["text"]
+    options = SamplingOptions(steps=2, seed=seed, max_new_tokens=40)
+    expected = generate(lm.trained, [prompt], options)[0]["text"]
     pieces = list(lm.stream(prompt, 40, seed=seed, num_inference_steps=2))
     assert "".join(pieces) == expected == lm(prompt, 40, seed=seed, num_inference_steps=2)
     assert all(pieces) and (len(pieces) <= 1 or lm.trained.model.writing.block_size)
@@ -113,6 +114,20 @@ def test_bits_of_an_answer_are_those_of_evaluate(chat, tmp_path, monkeypatch):
     assert bits.per_token == pytest.approx(expected["bits_per_token"])
 
 
+def test_options_and_texts_of_many_prompts(folders):
+    """`lm.generate` gives what `lm` gives one by one, and why each text ended."""
+    lm = load(folders["left-to-right"])
+    sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "num_inference_steps": 2, "seed": 3}
+    plain = lm("the cat", 40, **sampling)
+    assert plain != lm("the cat", 40, num_inference_steps=2, seed=3)
+    first, second = lm.generate(["the cat", None], 40, **sampling)
+    assert first["text"] == plain and second["text"] != plain
+    assert set(first) == {"prompt", "text", "token_ids", "num_tokens", "finish_reason", "stop_reason"}
+    piece = re.findall("[ -~]{2}", plain)[1]
+    for stop in (piece, [piece, "zebra"]):
+        assert lm("the cat", 40, stop=stop, **sampling) == plain[: plain.index(piece)]
+
+
 def test_gaps_answers_and_pictures(folders):
     lm = load(folders["at-once"])
     filled = lm.infill("the old <gap:3> by the sea", num_inference_steps=2)
@@ -133,7 +148,16 @@ def test_gaps_answers_and_pictures(folders):
         ("at-once", lambda lm: lm.infill("no gap"), "<gap:8>"),
         ("at-once", lambda lm: lm("the sea", num_inference_steps=0), "steps"),
         ("at-once", lambda lm: lm("the sea", max_new_tokens=0), "max_new_tokens is 0"),
-        ("at-once", lambda lm: lm("the sea " * 99), "shorten"),
+        ("at-once", lambda lm: lm("the sea", temperature=-1), "temperature is -1"),
+        (
+            "at-once",
+            lambda lm: lm("the sea", temprature=0.5),
+            "unknown option 'temprature'; did you mean 'temperature'",
+        ),
+        ("at-once", lambda lm: lm("the sea", steps=2), "unknown option 'steps'"),
+        ("at-once", lambda lm: lm("the sea", stop=""), "stop is empty"),
+        ("at-once", lambda lm: lm.infill("the <gap:3>", stop="a"), "leave it out"),
+        ("answers", lambda lm: lm(guidance_scale=2.0), "there is no prompt to follow"),
         ("at-once", lambda lm: lm.image("the sea " * 999), "shorten"),
         ("answers", lambda lm: lm.infill("the <gap:3>"), "fills no gaps"),
     ],

@@ -64,6 +64,16 @@ class DigitHead(nn.Module):
         with full_precision(logits):
             return (logits.softmax(-1) @ self.levels(logits.device)).flatten(2)
 
+    def token_logits(self, logits: Tensor) -> Tensor:
+        """Of digits [n, D, radix] -> log-probabilities of the tokens, [n, V] float32, up to a constant: those of their
+        digits, summed. (Codes of no token are left out: what remains is the distribution over the vocabulary.)"""
+        digits = logits.log_softmax(-1)
+        table = self.digit_table.long()  # [V, D]
+        total = digits[:, 0, table[:, 0]]
+        for k in range(1, table.shape[1]):
+            total += digits[:, k, table[:, k]]
+        return total
+
     def colours(self, digits: Tensor) -> Tensor:
         """Chosen digits [B, N, K, D] -> clean patches [B, N, P]."""
         return self.levels(digits.device)[digits].flatten(2)

@@ -15,17 +15,24 @@ from torch.autograd.function import once_differentiable
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., C] / sqrt(mean of x^2 over C + eps) * weight [C], Zhang & Sennrich (2019), eq. 4."""
     if x.device.type == "cpu" and torch.finfo(x.dtype).bits >= 32:
-        return _RMSNorm.apply(x, weight, eps)
+        # Without gradient the same operations, without what autograd adds to a call: most of it for a single token.
+        return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)[0]
     return F.rms_norm(x, weight.shape, weight, eps)  # one kernel on accelerators; sums half precision in single
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and what x is multiplied by, [..., 1]."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        result, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -41,15 +48,19 @@ class _RMSNorm(torch.autograd.Function):
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """[..., 2H] -> silu(first half) * second half [..., H], of Shazeer, "GLU variants improve transformer" (2020)."""
-    return _GatedSiLU.apply(gate_up)
+    return _GatedSiLU.apply(gate_up) if torch.is_grad_enabled() else _gated(gate_up)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
 
 
 class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return _gated(gate_up)
 
     @staticmethod
     @once_differentiable
@@ -65,7 +76,7 @@ class _GatedSiLU(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates channel pairs (i, i + d/2) of x [B, heads, N, d] by the angles of cos and sin, which need no gradient."""
-    return _Rotation.apply(x, cos, sin)
+    return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin, 1)
 
 
 class _Rotation(torch.autograd.Function):
