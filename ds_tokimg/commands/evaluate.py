@@ -148,12 +148,10 @@ def open_texts(
 def _holds_training_texts(trained: TrainedModel, texts: RunTexts | None, whole: TokenImageDataset, data_path) -> bool:
     """Whether some of the texts were in training and others were held out of it. By the path where the run does not
     say more: of a run's paths some hold the same held-out texts as all of them."""
-    from ds_tokimg.data.text_format import absolute
-
     if trained.format.eval_data_path is not None:
         return False
     if texts is None:
-        return set(absolute([str(path) for path in data_path])) <= set(trained.format.data_path)
+        return trained.format.was_trained_on([str(path) for path in data_path])
     return texts.known.count(whole.hashes) > 0
 
 

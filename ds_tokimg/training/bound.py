@@ -70,6 +70,17 @@ class Bound:
         """Bits per token of the first texts alone."""
         return float(self.nats[:count].sum() / (math.log(2) * self.tokens[:count].sum()))
 
+    def figures(self) -> dict[str, float | None]:
+        """What a checkpoint keeps of it, as JSON values."""
+        error = self.standard_error
+        return {
+            "bits_per_token": self.bits_per_token,
+            "standard_error": error if math.isfinite(error) else None,
+            "bits_per_byte": self.bits_per_byte,
+            "texts": len(self.tokens),
+            "tokens": int(self.tokens.sum()),
+        }
+
     @property
     def standard_error(self) -> float:
         """Standard error of bits_per_token over the texts (a ratio estimator); nan for a single text."""

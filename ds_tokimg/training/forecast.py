@@ -17,7 +17,7 @@ from ds_tokimg.settings.engine_schema import PRECISIONS
 from ds_tokimg.settings.unused import beyond_the_run
 from ds_tokimg.training import automatic
 from ds_tokimg.training import budget as validation_budget
-from ds_tokimg.training.assemble import Parts, assemble
+from ds_tokimg.training.assemble import Parts, assemble, load_start
 from ds_tokimg.training.duration import duration
 from ds_tokimg.training.memory import (
     MOMENTS,
@@ -57,8 +57,9 @@ def prepare(config: TrainConfig, raw: dict, machine: engine_json.Machine) -> Pre
     # Compiling takes time. Noise levels that follow the loss need numbers, and there are none.
     timesteps = "band" if config.timesteps == "entropic" else config.timesteps
     config = dataclasses.replace(config, compile=False, timesteps=timesteps)
+    start = load_start(config)
     with empty_weights():
-        parts = assemble(config, OnlyRank(), None)
+        parts = assemble(config, OnlyRank(), None, start)
     config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
@@ -77,7 +78,7 @@ def make_plan(
     Raises UserError for everything that would keep the run from starting.
     """
     # Which colours the tokens get changes no size, and learning them takes time.
-    run = prepare(dataclasses.replace(config, palette="id"), raw, machine)
+    run = prepare(config if config.init_from else dataclasses.replace(config, palette="id"), raw, machine)
     config, parts, settings = run.config, run.parts, run.settings
     steps = config.epochs * parts.steps_per_epoch(config.train_batch_size)
     notes = [*run.notes, *automatic.short_schedule(steps, config), *beyond_the_run(config, steps)]

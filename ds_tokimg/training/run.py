@@ -58,7 +58,8 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     with Work("preparing the engine"):
         engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
         if resumed:
-            state = checkpoints.load(engine, resumed)
+            # A conversion writes to this run's folder: the checkpoint may lie where nobody can.
+            state = checkpoints.load(engine, resumed, Path(config.output_dir) / checkpoints.FOLDER)
             if before is not None and before.validation != parts.eval_set.corpus.fingerprint:
                 state |= {"best": None, "best_step": None}  # of other texts: no figure to compare with
         run = Run(config, settings, parts, engine, state)
@@ -70,10 +71,11 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
 
 def put_together(config: TrainConfig, dist: Dist, resumed: Path | None) -> Parts:
     """The parts of the run, of the same texts on all ranks."""
-    from ds_tokimg.training.assemble import assemble
+    from ds_tokimg.training.assemble import assemble, load_start
 
+    start = load_start(config)
     try:
-        parts = assemble(config, dist, resumed)
+        parts = assemble(config, dist, resumed, start)
     except MissingTexts as error:
         if resumed is None:
             raise

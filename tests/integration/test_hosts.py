@@ -100,7 +100,7 @@ def reference(hosts, project, environment) -> list[dict]:
 def test_a_signal_to_multinode_saves_on_all_hosts(launcher, hosts, project, environment, reference):
     if launcher == "pdsh" and shutil.which("pdsh") is None:
         pytest.skip("pdsh is not installed")
-    run, sessions = project / f"signal-{launcher}", set(Path("/tmp").glob("ds_tokimg_node1_*"))
+    run, sessions = project / f"signal-{launcher}", set(Path("/tmp").glob("ds_tokimg.*"))
     command = f"echo $$ >pid && exec {multinode(run.name)}"
     call = hosts.start("node1", command, project, environment | {"LAUNCHER": launcher})
     wait_for_step(run, 4, [call])
@@ -111,7 +111,7 @@ def test_a_signal_to_multinode_saves_on_all_hosts(launcher, hosts, project, envi
     rows = learned(metrics(run))
     assert 4 <= len(rows) < STEPS and rows == reference[: len(rows)]
     assert saved(run) == len(rows)
-    assert set(Path("/tmp").glob("ds_tokimg_node1_*")) <= sessions
+    assert set(Path("/tmp").glob("ds_tokimg.*")) <= sessions
 
 
 def test_a_folder_that_is_not_shared_is_refused(hosts, project, environment):
