@@ -17,20 +17,18 @@ at any moment leaves the earlier checkpoints as they were. This module does not 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,6 +36,7 @@ from ds_tokimg.engine import elastic
 from ds_tokimg.engine.optimizer import average_key
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import FP32
+from ds_tokimg.engine.writing import Writing
 from ds_tokimg.errors import TrainingError, UserError, value_problems
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.files import sync_folder, write_text
@@ -68,6 +67,10 @@ _UNFINISHED = ".unfinished_"  # folders being written, or replaced: never read
 _CHUNK = 16 * 2**20  # bytes read at once for a checksum
 
 
+class NotFinite(TrainingError):
+    """There is nothing to save: weights, averages or states of the optimiser hold NaN or infinity."""
+
+
 def tag_of(step: int) -> str:
     """Folder name of the checkpoint of an optimiser step; names sort as steps do."""
     return f"step_{step:08d}"
@@ -94,24 +97,50 @@ def save(
         back_at: the step that the run has gone on from, in its first save: later checkpoints in the folder are of a
             branch that it left, and are set aside once this one is complete.
 
-    Returns the checkpoint's folder. Raises TrainingError when it cannot be written (disk full, no permission), which
-    leaves the earlier checkpoints as they were.
+    Returns the checkpoint's folder. Raises NotFinite where a weight, an average or a state of the optimiser is not
+    finite on any rank, and CannotWrite where any rank cannot write (disk full, no permission, folder gone). All ranks
+    raise the same; the earlier checkpoints are as they were, and nothing unfinished is left.
     """
     root, dist, tag = Path(output_dir) / FOLDER, engine.dist, tag_of(engine.global_steps)
     folder = root / (_UNFINISHED + tag)
-    with _writing(folder):
-        dist.on_first_rank(lambda: _start(folder))
-        engine.engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
-        _save_weights(engine, folder)
+    if not dist.all_true(engine.shards.finite()):
+        raise NotFinite(f"step {engine.global_steps} is not saved: weights or states of the optimiser are not finite")
+    writing = Writing(root.parent, dist)
+    with answering(), writing.undone_by(folder):
+        writing.on_first_rank(lambda: _start(folder))
+        _save_engine(engine, folder, writing)
+        _save_weights(engine, folder, writing)
         generators = dist.gather(_generator_states())
         state = {"format": formats.FORMAT, **state, "step": engine.global_steps, "engine": _engine_state(engine)}
-        dist.on_first_rank(lambda: _save_state(folder, state, generators, texts or {}))
-        checksums = dist.gather(_checksums(folder, dist.rank, dist.world_size))
-        dist.on_first_rank(lambda: _finish(folder, root / tag, checksums, best))
+        writing.on_first_rank(lambda: _save_state(folder, state, generators, texts or {}))
+        checksums = writing.on_each_rank(lambda: _checksums(folder, dist.rank, dist.world_size))
+        writing.on_first_rank(lambda: _finish(folder, root / tag, checksums, best))
         if back_at is not None:
-            dist.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
-        dist.on_first_rank(lambda: _prune(root, keep))
+            writing.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
+        writing.on_first_rank(lambda: _prune(root, keep))
     return root / tag
+
+
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Remove what a process that was killed in a save has left, which nothing reads and which takes room."""
+    for path in (Path(output_dir) / FOLDER).glob(_UNFINISHED + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_sane(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint, up to the one named in `latest`, whose trainer found its losses sane (`"sane"` in its
+    state; one that says nothing is taken to be); None where there is none."""
+    root = Path(output_dir) / FOLDER
+    last = _pointer(root, "latest")
+    tags = [tag for tag in _tags(root)[::-1] if last is None or tag <= last]
+    return next((root / tag for tag in tags if _is_sane(root / tag)), None)
+
+
+def _is_sane(checkpoint: Path) -> bool:
+    try:
+        return formats.read_object(checkpoint / TRAINER_STATE).get("sane", True) is not False
+    except UserError:
+        return False
 
 
 def add_validation(output_dir: str | Path, step: int, figures: dict, best: bool) -> bool:
@@ -126,10 +155,9 @@ def add_validation(output_dir: str | Path, step: int, figures: dict, best: bool)
     folder = Path(output_dir) / FOLDER / tag_of(step)
     if not (folder / MANIFEST).is_file():
         return False
-    with _writing(folder):
-        if best:
-            name_best(output_dir, step)
-        _write_json(folder / VALIDATION, figures)
+    if best:
+        name_best(output_dir, step)
+    _write_json(folder / VALIDATION, figures)
     return True
 
 
@@ -288,22 +316,24 @@ def _pointer(root: Path, which: str) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        with answering():
-            yield
-    except TrainingError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
-        raise TrainingError(f"cannot write {folder}: {error}. The earlier checkpoints are as they were") from error
-
-
 def _start(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for path in folder.parent.glob(_UNFINISHED + "*"):
-        shutil.rmtree(path, ignore_errors=True)
+    remove_unfinished(folder.parent.parent)
     folder.mkdir()
+
+
+def _save_engine(engine: TrainEngine, folder: Path, writing: Writing) -> None:
+    """DeepSpeed's own files. Its ranks wait for each other in there: one that cannot write says so afterwards."""
+    deepspeed, files = engine.engine, engine.engine.checkpoint_engine
+    writers = [(files, "save"), (files, "makedirs"), (deepspeed, "_copy_recovery_script")]
+    for owner, name in writers:
+        setattr(owner, name, writing.later(getattr(owner, name)))
+    try:
+        deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)
+    writing.agree()
 
 
 def _save_state(folder: Path, state: dict, generators: list, texts: dict[str, str]) -> None:
@@ -317,9 +347,13 @@ def _finish(folder: Path, target: Path, checksums: list[dict], best: bool) -> No
     """Manifest, name, pointers: from here on it is a checkpoint."""
     files = {name: entry for part in checksums for name, entry in part.items()}
     _write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
+    pointers = ("latest", "best") if best else ("latest",)
+    for pointer in pointers:  # before the folder has its name: afterwards nothing more needs room on the disk
+        write_text(target.parent / f".{pointer}.new", target.name)
     _publish(folder, target)
-    for pointer in ("latest", "best") if best else ("latest",):
-        write_text(target.parent / pointer, target.name)
+    for pointer in pointers:
+        os.replace(target.parent / f".{pointer}.new", target.parent / pointer)
+    sync_folder(target.parent)
 
 
 def _set_aside(root: Path, saved: str, back_at: int, best_step: int | None) -> None:
@@ -342,7 +376,7 @@ def _set_aside(root: Path, saved: str, back_at: int, best_step: int | None) -> N
     logger.info("gone back to step %d: set aside in %s: %s", back_at, aside, ", ".join(left))
 
 
-def _save_weights(engine: TrainEngine, folder: Path) -> None:
+def _save_weights(engine: TrainEngine, folder: Path, writing: Writing) -> None:
     """Whole weights, trained and averaged, gathered parameter by parameter; rank 0 keeps and writes them."""
     shards, keys = engine.shards, engine.shards.keys
     persistent = engine.module.state_dict().keys()
@@ -355,8 +389,7 @@ def _save_weights(engine: TrainEngine, folder: Path) -> None:
             value = shards.full(param, key if key in keys else FP32)
             if engine.dist.rank == 0:
                 weights[param_name] = value.detach().float().cpu().contiguous()
-        if engine.dist.rank == 0:
-            save_file({**weights, **buffers}, folder / name, metadata={"format": "pt"})
+        writing.on_first_rank(partial(save_file, {**weights, **buffers}, folder / name, metadata={"format": "pt"}))
 
 
 def _checksums(folder: Path, rank: int, world_size: int) -> dict[str, dict]:
@@ -396,10 +429,11 @@ def _tags(root: Path) -> list[str]:
 
 
 def _prune(root: Path, keep: int) -> None:
-    tags = _tags(root)
-    named = {_pointer(root, "latest"), _pointer(root, "best")}
+    """Keep the newest checkpoints, those that are named, and the newest one from which a diverged run can be saved."""
+    tags, sane = _tags(root), newest_sane(root.parent)
+    kept = {_pointer(root, "latest"), _pointer(root, "best"), sane.name if sane else None}
     for tag in tags[:-keep]:
-        if tag not in named:
+        if tag not in kept:
             shutil.rmtree(root / tag, ignore_errors=True)
 
 

@@ -62,6 +62,8 @@ ADDED_IN_1: dict[str, dict[str, object]] = {
         "smallest_train_batch": 4,
         "wanted_steps": 1000,
         "most_epochs": 20,
+        "skip_spikes": 0.0,
+        "go_back_after": 0,
         **_READING_IN_0,
     },
     TEXT: _READING_IN_0,
