@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,7 @@ class BatchLoader:
         self.dataset, self.sampler, self.collate = dataset, sampler, collate
         self.part, self.num_workers, self.ahead, self.pin_memory = part, num_workers, ahead, pin_memory
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[LoadedBatch]:
+    def batches(self, first_step: int, last_step: int) -> Generator[LoadedBatch, None, None]:
         """The batches of optimiser steps first_step … last_step-1, counted from 0 over all epochs.
 
         An error in a thread is raised here, at the batch it belongs to. Leaving the loop early ends the

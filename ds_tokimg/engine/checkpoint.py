@@ -25,18 +25,19 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_tokimg.engine import elastic
 from ds_tokimg.engine.optimizer import average_key
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import FP32
+from ds_tokimg.engine.writing import Writing
 from ds_tokimg.errors import TrainingError, UserError, shortened, value_problems
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.files import sync_folder, write_text
@@ -77,6 +78,10 @@ TAG = re.compile(r"step_\d{8,}")
 _UNFINISHED = ".unfinished_"  # folders being written, or replaced: never read
 
 
+class NotFinite(TrainingError):
+    """There is nothing to save: weights, averages or states of the optimiser hold NaN or infinity."""
+
+
 def tag_of(step: int) -> str:
     """Folder name of the checkpoint of an optimiser step; names sort as steps do."""
     return f"step_{step:08d}"
@@ -103,25 +108,51 @@ def save(
         back_at: the step that the run has gone on from, in its first save: later checkpoints in the folder are of a
             branch that it left, and are set aside once this one is complete.
 
-    Returns the checkpoint's folder. Raises TrainingError when it cannot be written (disk full, no permission), which
-    leaves the earlier checkpoints as they were.
+    Returns the checkpoint's folder. Raises NotFinite where a weight, an average or a state of the optimiser is not
+    finite on any rank, and CannotWrite where any rank cannot write (disk full, no permission, folder gone). All ranks
+    raise the same; the earlier checkpoints are as they were, and nothing unfinished is left.
     """
     root, dist, tag = Path(output_dir) / FOLDER, engine.dist, tag_of(engine.global_steps)
     folder = root / (_UNFINISHED + tag)
-    with _writing(folder):
-        dist.on_first_rank(lambda: _start(folder))
-        engine.engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
-        _save_weights(engine, folder)
+    if not dist.all_true(engine.shards.finite()):
+        raise NotFinite(f"step {engine.global_steps} is not saved: weights or states of the optimiser are not finite")
+    writing = Writing(root.parent, dist)
+    with answering(), writing.undone_by(folder):
+        writing.on_first_rank(lambda: _start(folder))
+        _save_engine(engine, folder, writing)
+        _save_weights(engine, folder, writing)
         generators = dist.gather(_generator_states())
         state = {"format": formats.FORMAT, **state, "step": engine.global_steps, "engine": _engine_state(engine)}
-        dist.on_first_rank(lambda: _save_state(folder, state, generators, write))
+        writing.on_first_rank(lambda: _save_state(folder, state, generators, write))
         # Each rank reads its share of the files.
-        entries = dist.gather(checksums(folder, files_in(folder)[dist.rank :: dist.world_size]))
-        dist.on_first_rank(lambda: _finish(folder, root / tag, entries, best))
+        entries = writing.on_each_rank(lambda: checksums(folder, files_in(folder)[dist.rank :: dist.world_size]))
+        writing.on_first_rank(lambda: _finish(folder, root / tag, entries, best))
         if back_at is not None:
-            dist.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
-        dist.on_first_rank(lambda: _prune(root, keep))
+            writing.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
+        writing.on_first_rank(lambda: _prune(root, keep))
     return root / tag
+
+
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Remove what a process that was killed in a save has left, which nothing reads and which takes room."""
+    for path in (Path(output_dir) / FOLDER).glob(_UNFINISHED + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_sane(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint, up to the one named in `latest`, whose trainer found its losses sane (`"sane"` in its
+    state; one that says nothing is taken to be); None where there is none."""
+    root = Path(output_dir) / FOLDER
+    last = _pointer(root, "latest")
+    tags = [tag for tag in _tags(root)[::-1] if last is None or tag <= last]
+    return next((root / tag for tag in tags if _is_sane(root / tag)), None)
+
+
+def _is_sane(checkpoint: Path) -> bool:
+    try:
+        return formats.read_object(checkpoint / TRAINER_STATE).get("sane", True) is not False
+    except UserError:
+        return False
 
 
 def add_validation(output_dir: str | Path, step: int, figures: dict, best: bool) -> bool:
@@ -136,10 +167,9 @@ def add_validation(output_dir: str | Path, step: int, figures: dict, best: bool)
     folder = Path(output_dir) / FOLDER / tag_of(step)
     if not (folder / MANIFEST).is_file():
         return False
-    with _writing(folder):
-        if best:
-            name_best(output_dir, step)
-        _write_json(folder / VALIDATION, figures)
+    if best:
+        name_best(output_dir, step)
+    _write_json(folder / VALIDATION, figures)
     return True
 
 
@@ -306,22 +336,24 @@ def _pointer(root: Path, which: str) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        with answering():
-            yield
-    except TrainingError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
-        raise TrainingError(f"cannot write {folder}: {error}. The earlier checkpoints are as they were") from error
-
-
 def _start(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for path in folder.parent.glob(_UNFINISHED + "*"):
-        shutil.rmtree(path, ignore_errors=True)
+    remove_unfinished(folder.parent.parent)
     folder.mkdir()
+
+
+def _save_engine(engine: TrainEngine, folder: Path, writing: Writing) -> None:
+    """DeepSpeed's own files. Its ranks wait for each other in there: one that cannot write says so afterwards."""
+    deepspeed, files = engine.engine, engine.engine.checkpoint_engine
+    writers = [(files, "save"), (files, "makedirs"), (deepspeed, "_copy_recovery_script")]
+    for owner, name in writers:
+        setattr(owner, name, writing.later(getattr(owner, name)))
+    try:
+        deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)
+    writing.agree()
 
 
 def _save_state(folder: Path, state: dict, generators: list, write: Callable[[Path], object] | None) -> None:
@@ -334,9 +366,13 @@ def _save_state(folder: Path, state: dict, generators: list, write: Callable[[Pa
 def _finish(folder: Path, target: Path, entries: list[dict], best: bool) -> None:
     """Manifest, name, pointers: from here on it is a checkpoint."""
     write_manifest(folder, {name: entry for part in entries for name, entry in part.items()})
+    pointers = ("latest", "best") if best else ("latest",)
+    for pointer in pointers:  # before the folder has its name: afterwards nothing more needs room on the disk
+        write_text(target.parent / f".{pointer}.new", target.name)
     _publish(folder, target)
-    for pointer in ("latest", "best") if best else ("latest",):
-        write_text(target.parent / pointer, target.name)
+    for pointer in pointers:
+        os.replace(target.parent / f".{pointer}.new", target.parent / pointer)
+    sync_folder(target.parent)
 
 
 def _set_aside(root: Path, saved: str, back_at: int, best_step: int | None) -> None:
@@ -359,7 +395,7 @@ def _set_aside(root: Path, saved: str, back_at: int, best_step: int | None) -> N
     logger.info("gone back to step %d: set aside in %s: %s", back_at, aside, ", ".join(left))
 
 
-def _save_weights(engine: TrainEngine, folder: Path) -> None:
+def _save_weights(engine: TrainEngine, folder: Path, writing: Writing) -> None:
     """Whole weights, trained and averaged, gathered parameter by parameter; rank 0 keeps and writes them."""
     shards, keys = engine.shards, engine.shards.keys
     persistent = engine.module.state_dict().keys()
@@ -372,8 +408,7 @@ def _save_weights(engine: TrainEngine, folder: Path) -> None:
             value = shards.full(param, key if key in keys else FP32)
             if engine.dist.rank == 0:
                 weights[param_name] = value.detach().float().cpu().contiguous()
-        if engine.dist.rank == 0:
-            write_weights({**weights, **buffers}, folder / name)
+        writing.on_first_rank(partial(write_weights, {**weights, **buffers}, folder / name))
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -394,10 +429,11 @@ def _tags(root: Path) -> list[str]:
 
 
 def _prune(root: Path, keep: int) -> None:
-    tags = _tags(root)
-    named = {_pointer(root, "latest"), _pointer(root, "best")}
+    """Keep the newest checkpoints, those that are named, and the newest one from which a diverged run can be saved."""
+    tags, sane = _tags(root), newest_sane(root.parent)
+    kept = {_pointer(root, "latest"), _pointer(root, "best"), sane.name if sane else None}
     for tag in tags[:-keep]:
-        if tag not in named:
+        if tag not in kept:
             shutil.rmtree(root / tag, ignore_errors=True)
 
 

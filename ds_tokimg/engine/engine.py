@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
@@ -29,13 +31,10 @@ from ds_tokimg.engine import checkpoint, environment, startup
 from ds_tokimg.engine.optimizer import AveragedMuon, build_optimizer
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import Shards
+from ds_tokimg.engine.skipping import LOSS_SCALE, NOT_FINITE, REFUSED, discarding
 from ds_tokimg.errors import TrainingError
 from ds_tokimg.settings.tensors import read_pickled
 
-# How many steps in a row may be skipped for gradients that are not finite before the run ends. Dynamic loss scaling
-# skips about one step per halving of the scale at the start of an fp16 run, so it gets more patience.
-MAX_SKIPPED_IN_A_ROW = 5
-MAX_SKIPPED_IN_A_ROW_FP16 = 40
 DEFAULT_TIMEOUT_MINUTES = 30
 DEEPSPEED_CLIPS_AT = 1.0  # its gradient_clipping where the JSON has none
 # Settings of zero_optimization that decide which part of a parameter lies where.
@@ -102,7 +101,7 @@ class StepResult:
     count: int  # valid pixels of the train batch, all ranks
     lr: float  # learning rate of this step
     loss_scale: float
-    skipped: bool  # gradients were not finite: nothing was changed
+    skipped: str  # why nothing was changed, see skipping.py; empty: the step was taken
     stop: bool  # a rank was asked to end; the same on every rank
     names: list[str]
     totals: Tensor  # [len(names)] float64: sums over all micro-batches and ranks
@@ -120,8 +119,8 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the whole gradient before clipping; infinite when it was not finite."""
-        return float("inf") if self.norm is None or self.skipped else float(self.norm)
+        """Norm of the whole gradient before clipping; infinite when it, or the loss, was not finite."""
+        return float("inf") if self.norm is None else float(self.norm)
 
 
 class TrainEngine:
@@ -144,7 +143,6 @@ class TrainEngine:
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = float(ds_config.get("gradient_clipping", DEEPSPEED_CLIPS_AT))
         self.stop_requested = False
-        self._skipped_in_row = 0
         names = {p: name for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(names, ds_config["optimizer"], ema_decay)
         # Written down before ZeRO puts flat buffers in the parameters' place.
@@ -242,22 +240,24 @@ class TrainEngine:
             "zero": {key: zero[key] for key in PARTITION_SETTINGS if key in zero},
         }
 
-    def train_batch(self, micro_batches: list) -> StepResult:
+    def train_batch(self, micro_batches: list, refuses: Callable[[float, float], bool] | None = None) -> StepResult:
         """One optimiser step. Collective: every rank calls it with `accumulation` micro-batches, which are
         whatever the module takes that has a method `to(device)`.
 
         A micro-batch may be all padding (count 0): it adds nothing to the gradient, but its forward and backward run,
-        so that no rank leaves out a collective alone.
+        so that no rank leaves out a collective alone. Where the loss or a gradient of any rank is not finite, all ranks
+        skip the step: weights, averages, moments and schedule stay as they are.
 
-        Raises TrainingError on all ranks together after too many steps in a row without finite gradients, and where
-        another rank no longer answers.
+        Args:
+            refuses: whether a step of this loss and gradient norm, both of the whole train batch and finite, is to be
+                skipped too. Every rank asks it the same.
+
+        Raises TrainingError where another rank no longer answers.
         """
         with answering():
-            result = self._step(micro_batches)
-        self._give_up_if_diverged(result)
-        return result
+            return self._step(micro_batches, refuses)
 
-    def _step(self, micro_batches: list) -> StepResult:
+    def _step(self, micro_batches: list, refuses) -> StepResult:
         if len(micro_batches) != self.accumulation:
             raise ValueError(f"{len(micro_batches)} micro-batches; the engine accumulates {self.accumulation}")
         count, stop = self._agree_on_count(micro_batches)
@@ -269,23 +269,38 @@ class TrainEngine:
             self.engine.backward(outputs["loss_sum"] * scale, scale_wrt_gas=False)
             values = torch.stack([outputs[name].detach().double() for name in sorted(outputs)])
             totals = values if totals is None else totals + values
-            if self.stage == 0 and index == len(micro_batches) - 1:
-                self._check_gradients()
-            self.engine.step()
+            if index < len(micro_batches) - 1:
+                self.engine.step()  # DeepSpeed counts it, and does nothing else
         assert totals is not None  # the engine accumulates one micro-batch or more
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(totals)
-        return StepResult(
-            step=self.global_steps,
-            count=count,
-            lr=lr,
-            loss_scale=self.loss_scale,
-            skipped=not self.engine.was_step_applied(),
-            stop=stop,
-            names=sorted(outputs),
-            totals=totals,
-            norm=self.engine.get_global_grad_norm(),
-        )
+        names = sorted(outputs)
+        loss = float(totals[names.index("loss_sum")]) / max(count, 1)
+        skipped, norm = self._update(loss, refuses)
+        return StepResult(self.global_steps, count, lr, self.loss_scale, skipped, stop, names, totals, norm)
+
+    def _update(self, loss: float, refuses) -> tuple[str, float | Tensor | None]:
+        """The optimiser's step on the gradients of the whole train batch, or none -> why it was skipped, the norm."""
+        norm: float | Tensor | None = self._check_gradients() if self.stage == 0 else None
+        refused = False
+        if refuses is not None and math.isfinite(loss):
+            norm = float(self._norm_before_step() if norm is None else norm)
+            refused = math.isfinite(norm) and refuses(loss, norm)
+        if not (refused or not math.isfinite(loss)):
+            self.engine.step()
+            if self.engine.was_step_applied():
+                return "", self.engine.get_global_grad_norm()
+            return (LOSS_SCALE if self.engine.fp16_enabled() else NOT_FINITE), math.inf
+        with discarding(self.shards.zero, self.stage):
+            self.engine.step()
+        return (REFUSED, norm) if refused else (NOT_FINITE, math.inf)
+
+    @torch.no_grad()
+    def _norm_before_step(self) -> float:
+        """Norm of the whole gradient at stages 1 to 3; infinite where it is not finite. Collective."""
+        zero = self.shards.zero
+        scaled = combine_grad_norm_groups(zero._get_norm_groups()) if self.stage == 3 else zero.scaled_global_norm()
+        return math.inf if is_invalid_grad_norm(scaled) else float(scaled) / float(zero.loss_scale)
 
     def _agree_on_count(self, micro_batches: list) -> tuple[int, bool]:
         """Valid pixels of the train batch, and whether any rank was asked to stop: one small all-reduce."""
@@ -298,10 +313,10 @@ class TrainEngine:
         return self.dist.sum_ints([int(self.stop_requested)])[0] > 0
 
     @torch.no_grad()
-    def _check_gradients(self) -> None:
+    def _check_gradients(self) -> Tensor:
         """Stage 0: norm, clipping, and no step on gradients that are not finite. ZeRO does all of this by itself.
 
-        The gradients are already averaged, so every rank decides the same.
+        The gradients are already averaged, so every rank decides the same. Returns the norm before clipping.
         """
         params = [p for p in self.module.parameters() if p.requires_grad]
         for p in params:
@@ -314,16 +329,7 @@ class TrainEngine:
             self.engine.zero_grad()
         elif self.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(params, self.max_grad_norm, norm)
-
-    def _give_up_if_diverged(self, result: StepResult) -> None:
-        self._skipped_in_row = self._skipped_in_row + 1 if result.skipped else 0
-        limit = MAX_SKIPPED_IN_A_ROW_FP16 if self.engine.fp16_enabled() else MAX_SKIPPED_IN_A_ROW
-        if self._skipped_in_row >= limit:
-            raise TrainingError(
-                f"the gradients of {limit} steps in a row were not finite, up to step {result.step} (loss "
-                f"{result.loss:g}). Lower the learning rate, clip gradients, or check the data; the last checkpoint "
-                "is from before."
-            )
+        return norm
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:

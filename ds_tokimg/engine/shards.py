@@ -9,6 +9,7 @@ Names of states: `fp32` is the weight itself, anything else a key of the optimis
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,17 @@ class Shards:
             places.append(Place(tuple(p.ds_shape), start, offset, max(0, min(size, p.ds_numel - start))))
             offset += size
         return places
+
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether weights and states of this rank are free of NaN and infinity. Nothing is copied."""
+        states = (value for t in self.stepped for value in self.optimizer.state.get(t, {}).values())
+        largest = [
+            torch.linalg.vector_norm(value, math.inf)
+            for value in (*self.stepped, *states)
+            if torch.is_tensor(value) and value.is_floating_point() and value.numel()
+        ]
+        return all(math.isfinite(value) for value in torch.stack([v.cpu().float() for v in largest]).tolist())
 
     @property
     def updates(self) -> int:

@@ -7,6 +7,7 @@ This module imports neither torch nor deepspeed, so that `--help` and mistakes a
 
 import dataclasses
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -172,6 +173,17 @@ class RunSettings:
     )
     log_interval: int = setting(10, "optimiser steps between log lines", COUNT)
     keep_checkpoints: int = setting(3, "newest checkpoints to keep (the best one stays too)", COUNT)
+    skip_spikes: float = setting(
+        0.0,
+        "skip a step whose loss or gradient norm is more than this many times its recent median; 0: none",
+        Range("0 or a factor above 1", lambda value: value == 0 or 1 < value < math.inf),
+    )
+    go_back_after: int = setting(
+        0,
+        "skipped steps in a row after which the run goes back to its last good checkpoint and goes on with other data; "
+        "0: it ends after 5",
+        WHOLE,
+    )
     num_samples: int = setting(4, "texts to write at the end of the run", WHOLE)
     seed: int = _fixed(0, "seed of the weights, data order, noise and samples", WHOLE)
     warmup_ratio: float = setting(0.05, "share of all optimiser steps spent on warm-up", PROPER_SHARE, of_recipe=True)

@@ -66,6 +66,8 @@ ADDED_IN_1: dict[str, dict[str, object]] = {
         "most_epochs": 20,
         "eval_tokens": None,
         "verbose": False,
+        "skip_spikes": 0.0,
+        "go_back_after": 0,
         **_READING_IN_0,
     },
     TEXT: _READING_IN_0,

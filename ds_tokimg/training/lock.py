@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_tokimg.engine.checkpoint import remove_unfinished
 from ds_tokimg.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,13 +63,18 @@ class Lock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._open()
+            remove_unfinished(self.folder)  # it may have filled the disk
+            self._sign(self._descriptor)
         except OSError as error:
+            self.release()
             self._remove_made()
             raise UserError(f"--output_dir {self.folder} cannot be written: {error.strerror}") from None
+
+    def _sign(self, descriptor: int) -> None:
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": time.time()})
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, (content + "\n").encode(), 0)
-        os.fsync(self._descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (content + "\n").encode(), 0)
+        os.fsync(descriptor)
 
     def release(self) -> None:
         """Give the folder back. Nothing happens where it was not taken."""

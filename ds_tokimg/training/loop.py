@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ds_tokimg.console import Work, given_up
-from ds_tokimg.data.loader import BatchLoader, Part
+from ds_tokimg.data.loader import BatchLoader, LoadedBatch, Part
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
-from ds_tokimg.engine.engine import TrainEngine
+from ds_tokimg.engine.engine import StepResult, TrainEngine
+from ds_tokimg.engine.skipping import LOSS_SCALE
+from ds_tokimg.engine.writing import CannotWrite, Writing
+from ds_tokimg.errors import TrainingError
 from ds_tokimg.inference.loading import TOKENIZER, load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
 from ds_tokimg.inference.texts import generate, images_of, show
@@ -25,6 +31,7 @@ from ds_tokimg.training import ngram
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
 from ds_tokimg.training.budget import Validations
+from ds_tokimg.training.health import Health, check_folder, describe_skip, where_to_go_on
 from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
 from ds_tokimg.training.report import Report, Speedometer, timed, times_due
@@ -49,6 +56,7 @@ class Run:
         self.compares = state.get("best") is None or self.validations.were(state)
         first_rank, steps = self.dist.rank == 0, (self.first_step, self.last_step)
         self.report = Report(first_rank, config.verbose, steps, self._ahead)
+        self.health = Health(config, state.get("health") or {})
         self.tracker = Tracker(config.output_dir, engine, self.first_step)
         # All ranks at once, as they compute.
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
@@ -83,7 +91,7 @@ class Run:
         )
         with profiled(self.config.profile, self.config.output_dir, self.dist) as tick, self.report.progress:
             self.stopped = self.validation_due and not self._validate_now()  # what an earlier launch gave up
-            for loaded in () if self.stopped else loader.batches(self.first_step, self.last_step):
+            for loaded in () if self.stopped else self._batches(loader):
                 self.stopped = self.step(loaded)
                 self.report.passed(self.engine.global_steps)
                 if self.stopped:
@@ -92,30 +100,80 @@ class Run:
         if self.stopped:
             self.log(f"stopped by a signal at step {self.engine.global_steps}")
 
+    def _batches(self, loader: BatchLoader) -> Iterator[LoadedBatch]:
+        """Those of the steps that are left. A run that goes back leaves out the data that it has seen since."""
+        left_out = None
+        while left_out != self.health.batches_left_out:
+            left_out = self.health.batches_left_out
+            steps = (self.engine.global_steps + left_out, self.last_step + left_out)
+            with contextlib.closing(loader.batches(*steps)) as batches:
+                for loaded in batches:
+                    yield loaded
+                    if left_out != self.health.batches_left_out:
+                        break
+
     def step(self, loaded) -> bool:
         """One optimiser step and what is due after it; True when the run is asked to end."""
         number, self.epoch = self.engine.global_steps + 1, loaded.epoch
         is_due = self._due(number)
         # 1. forward, backward, update
         self.parts.module.measure_bound = "log" in is_due
-        result = self.engine.train_batch(loaded.micro_batches)
+        result = self.engine.train_batch(loaded.micro_batches, self.health.guard)
+        self.health.add(result)
         if self.schedule is not None and not result.skipped:
             self.schedule.update(result.sums)
         self.speed.add(result, loaded.wait_seconds)
         # 2. log, keep, measure: a validation may take long, and what was trained is safe before it
-        if is_due & {"log", "eval"}:
-            row = self._metrics(result, loaded.epoch)
+        said = self._examine(result, number)
+        if said or is_due & {"log", "eval"}:
+            row = self._metrics(result, loaded.epoch) | said
             self.tracker.log(row)
             self.report.step(row)
+        if self.health.goes_back():
+            self._go_back()
+            return False
+        self.health.check_patience(result, self.config.output_dir)
         self.validation_due, stop = "eval" in is_due and len(self.parts.eval_set) > 0, result.stop
-        if "save" in is_due or stop:
-            self.save()
+        must_save = stop or number == self.last_step
+        if must_save or ((self.health.owes_save or "save" in is_due) and not self.health.postpones(result)):
+            self.save(must=must_save)
             stop = stop or self.engine.asked_to_stop()
         if self.validation_due and not stop:
             stop = not self._validate_now()
         if is_due & {"save", "eval"}:
             self.speed.restart()
         return stop
+
+    def _examine(self, result: StepResult, number: int) -> dict:
+        """Says what is wrong with a step or with the run; more for the step's row of metrics."""
+        diverged = self.health.divergence(self.config.output_dir)
+        if diverged:
+            self.log(diverged)
+        if result.skipped in ("", LOSS_SCALE):
+            return {}
+        epoch, start = divmod(number - 1 + self.health.batches_left_out, self.sampler.steps_per_epoch)
+        samples = [int(i) % len(self.sampler.lengths) for i in self.sampler.batches(epoch, start)[0]]
+        self.log(describe_skip(result, samples))
+        return {"skipped": result.skipped, "skipped_images": samples}
+
+    def _go_back(self) -> None:
+        """To the last good checkpoint, and on with other data. TrainingError where there is none."""
+        left = self.engine.global_steps
+        folder = self.dist.on_first_rank(lambda: checkpoints.newest_sane(self.config.output_dir))
+        if folder is None:
+            raise TrainingError(
+                f"{self.health.in_a_row} steps in a row were skipped, up to step {left}, and there is no checkpoint to "
+                "go back to"
+            )
+        state = self.engine.load(checkpoints.find(self.config.output_dir, str(folder), self.dist))
+        self.first_step = self.saved_step = state["step"]
+        self.health.went_back(self.first_step, state.get("health") or {}, left)
+        self.best, self.best_step = self._best_before(state)
+        if self.schedule is not None:
+            self.schedule.load_state(state["schedule"])
+        self.tracker.go_back(self.first_step)
+        self.speed.restart()
+        self.log(f"gone back to {folder}; the data of steps {self.first_step + 1} to {left} are left out")
 
     def _due(self, step: int) -> set[str]:
         last = step == self.last_step
@@ -137,7 +195,7 @@ class Run:
         row = {
             "step": result.step,
             "epoch": epoch,
-            "consumed_samples": result.step * self.train_batch_size,
+            "consumed_samples": (result.step + self.health.batches_left_out) * self.train_batch_size,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -164,24 +222,30 @@ class Run:
         except Stopped:
             self.log("the validation is given up; it is done when the run goes on")
             if self.saved_step != step:
-                self.save()
+                self.save(must=True)
             return False
         self.validation_due = False
         if figures:
             self.tracker.complete(step, figures)
             self.report.validation(self.bound)
-            self._keep_validation(step, self._improved())
+            best_before = self.best, self.best_step
+            try:
+                self._keep_validation(step, self._improved())
+            except CannotWrite as problem:
+                self.best, self.best_step = best_before
+                self.log(str(problem))
         return True
 
     def _keep_validation(self, step: int, improved: bool) -> None:
-        """A checkpoint of this step learns what it is worth; the best one is saved if it is not yet."""
-        saved = self.saved_step == step and self.dist.on_first_rank(
-            lambda: checkpoints.add_validation(self.config.output_dir, step, self._validation_state(), improved)
-        )
+        """A checkpoint of this step learns what it is worth; the best one is saved if it is not yet. CannotWrite where
+        that fails."""
+        add = partial(checkpoints.add_validation, self.config.output_dir, step, self._validation_state(), improved)
+        writing = Writing(Path(self.config.output_dir), self.dist)
+        saved = self.saved_step == step and writing.on_first_rank(add)
         if improved and saved:
             self.log(f"{checkpoints.tag_of(step)} is the best so far")
         elif improved:
-            self.save(improved)
+            self.save(improved, must=True)
 
     def validate(self) -> dict:
         """The bound of the averaged weights on held-out texts; all ranks share the work. Stopped on a signal."""
@@ -228,27 +292,48 @@ class Run:
         }
 
     @timed("save")
-    def save(self, improved: bool = False) -> None:
-        """A checkpoint of this step, the best so far where the validation has `improved`. Collective."""
+    def save(self, improved: bool = False, must: bool = False) -> None:
+        """A checkpoint of this step, the best so far where the validation has `improved`. Collective.
+
+        Where it cannot be written, the run goes on; but where it `must` be, CannotWrite. TrainingError where there is
+        nothing worth saving, as NaN has got into the weights.
+        """
+        try:
+            folder = self._save(improved)
+        except checkpoints.NotFinite as problem:
+            raise TrainingError(f"{problem}. {where_to_go_on(self.config.output_dir)}") from problem
+        except CannotWrite as problem:
+            if must:
+                raise
+            every, step = self.config.save_interval, self.engine.global_steps
+            again = min(self.last_step, (step // every + 1) * every)
+            self.log(f"step {step} is not saved: {problem}. The run goes on and tries again at step {again}")
+            return
+        self.saved_step = self.engine.global_steps
+        self.log(f"saved {folder}" + (" (best)" if improved else ""))
+
+    def _save(self, improved: bool) -> Path:
+        check_folder(self.config.output_dir, self.dist)
+        samples = (self.engine.global_steps + self.health.batches_left_out) * self.train_batch_size
         state = {
             "epoch": self.epoch,
-            "consumed_samples": self.engine.global_steps * self.train_batch_size,
+            "consumed_samples": samples,
             "train_batch_size": self.train_batch_size,
             **self._validation_state(),
             "validation_due": self.validation_due,
             "validations": self.validations.state(),
             "schedule": self.schedule.state() if self.schedule else None,
+            "health": self.health.state(),
+            "sane": self.health.is_sane,
         }
         first = self.saved_step == self.first_step
-        folder = checkpoints.save(
+        return checkpoints.save(
             *(self.engine, self.config.output_dir, state),
             write=self._write_parts,
             best=improved,
             keep=self.config.keep_checkpoints,
             back_at=self.first_step if first else None,
         )
-        self.saved_step = self.engine.global_steps
-        self.log(f"saved {folder}" + (" (best)" if improved else ""))
 
     def _write_parts(self, folder: Path) -> None:
         """Into a checkpoint: all that is needed to use it, or to go on from it, elsewhere than in its run."""
@@ -267,7 +352,8 @@ class Run:
 
     def introduce(self, decided: list[str], notes: list[str], resumed: Path | None) -> None:
         """What the run is: `decided`, what was left open and is now known; `notes`, what its user should know."""
-        self.report.begin(self.config, decided, notes, resumed)
+        unhealthy = self.health.note(self.first_step, self.config.output_dir)
+        self.report.begin(self.config, decided, [*notes, unhealthy] if unhealthy else notes, resumed)
         engine = (
             f"{self.dist.world_size} rank(s) on {self.dist.device.type}, ZeRO stage {self.engine.stage}, train batch "
             f"{self.train_batch_size} = {self.engine.accumulation} micro-batch(es) a rank; "

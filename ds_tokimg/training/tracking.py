@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ds_tokimg.settings.files import write_text
+from ds_tokimg.training.logfiles import LogFiles, guard_events, replace_end
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.engine import TrainEngine
@@ -32,6 +33,7 @@ class Tracker:
     def __init__(self, output_dir: str | Path, engine: TrainEngine, resumed_step: int = 0):
         self.path = Path(output_dir) / METRICS
         self.active = engine.dist.rank == 0
+        self.rows, self.monitors = LogFiles(METRICS), LogFiles("the monitors")
         self.monitor = engine.engine.monitor
         # DeepSpeed would write the learning rate against samples, and wait for the disk, at every step.
         self.monitor.enabled = False
@@ -41,7 +43,16 @@ class Tracker:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _keep_rows(self.path, resumed_step)
         if self.writer is not None:
+            guard_events(self.writer)
             _forget_events(self.writer, resumed_step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Drop what was written of later steps, as a run that is resumed does."""
+        if self.active:
+            with self.rows.guarded():
+                _keep_rows(self.path, step)
+        if self.writer is not None:
+            _forget_events(self.writer, step + 1)
 
     def log(self, row: dict) -> None:
         """Append one row of metrics, which has a `step`, and its numbers as TensorBoard scalars.
@@ -50,7 +61,7 @@ class Tracker:
         """
         if not self.active:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
+        with self.rows.guarded(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._show(row)
 
@@ -58,20 +69,20 @@ class Tracker:
         """Add what was measured later to the last row, if that is of this step; else a row of its own."""
         if not self.active:
             return
-        self.path.touch()
-        with open(self.path, "r+b") as file:
-            rows = file.read()
+        with self.rows.guarded():
+            rows = self.path.read_bytes() if self.path.exists() else b""
             start = rows.rfind(b"\n", 0, len(rows) - 1) + 1
             row = json.loads(rows[start:]) if rows else {}
             if row.get("step") != step:
                 row, start = {"step": step}, len(rows)
-            file.seek(start)
-            file.write(json.dumps(row | _finite(more), allow_nan=False).encode() + b"\n")
+            new = json.dumps(row | _finite(more), allow_nan=False).encode() + b"\n"
+            replace_end(self.path, start, rows[start:], new)
         self._show({"step": step, **more})
 
     def _show(self, row: dict) -> None:
         events = [(name, value, row["step"]) for name, value in _scalars(row)]
-        self.monitor.write_events(events)
+        with self.monitors.guarded():
+            self.monitor.write_events(events)
 
     def images(self, name: str, images: Tensor, step: int) -> None:
         """Images [n, 3, H, W] in [0, 1], side by side."""

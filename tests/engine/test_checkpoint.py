@@ -349,7 +349,10 @@ def _save_on_a_full_disk(dist, folder):
 
 def test_a_full_disk_is_one_clear_message(tmp_path):
     message = run_ranks(1, _save_on_a_full_disk, tmp_path)[0]
-    assert message.startswith(f"cannot write {tmp_path}") and "earlier checkpoints are as they were" in message
+    assert (
+        message.startswith(f"cannot write into {tmp_path}: File too large")
+        and "earlier checkpoints are as they were" in message
+    )
     assert checkpoint.find(tmp_path, "latest").name == "step_00000001"
 
 
@@ -423,6 +426,47 @@ def test_conversion_needs_room_and_permission(run_folder, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for message in run_ranks(2, _conversion_refused, run_folder, tmp_path / "file" / "work", None):
         assert "cannot convert" in message and "Not a directory" in message
+
+
+def _go_back(dist, folder, stage):
+    """Three steps after a checkpoint, twice in one process."""
+    engine = tiny_engine(dist, stage)
+    train(engine, 2)
+    engine.save(folder, {})
+    seen = []
+    for _ in range(2):
+        seen.append(([result.loss for result in train(engine, 3)], full_state(engine)))
+        assert engine.global_steps == 5
+        engine.load(checkpoint.find(folder, "latest", dist))
+    (losses, states), (losses_again, states_again) = seen
+    return losses == losses_again and all(torch.equal(states[key], states_again[key]) for key in states)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_engine_that_has_stepped_goes_back(stage, tmp_path):
+    assert run_ranks(2, _go_back, tmp_path, stage) == [True, True]
+
+
+def _save_nan(dist, folder, stage, where):
+    engine = tiny_engine(dist, stage)
+    train(engine, 1)
+    engine.save(folder, {})
+    if dist.rank == 1:  # at stages 1 to 3 the other rank has nothing of it
+        tensor = engine.shards.stepped[0]
+        target = tensor if where == "fp32" else engine.optimizer.state[tensor][where]
+        with torch.no_grad():
+            target.view(-1)[0] = float("nan")
+    try:
+        engine.save(folder, {})
+    except checkpoint.NotFinite as error:
+        return str(error), sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("stage", "where"), [(0, "fp32"), (1, "exp_avg_sq"), (2, "ema_0.9"), (3, "exp_avg")])
+def test_what_is_not_finite_on_one_rank_is_saved_by_none(stage, where, tmp_path):
+    first, second = run_ranks(2, _save_nan, tmp_path, stage, where)
+    assert first == second and "step 1 is not saved: weights or states" in first[0]
+    assert first[1] == ["latest", "step_00000001"]
 
 
 class _Malicious:
