@@ -14,6 +14,8 @@ from tests.support.runs import copy_project, metrics, write_corpus
 pytestmark = pytest.mark.slow
 FLAGS = "--data_path corpus.txt --model JiT-XS/4 --img_size 16 --max_tokens 64 --vocab_size 300 --train_batch_size 8"
 INTERVALS = "--log_interval 1 --eval_interval 1000 --save_interval 1000 --num_samples 0 --epochs 100"
+# A script imports torch in four processes, one after another, before the first step: 20 s on two idle cores.
+START_SECONDS = 400
 # One process a node, all on this machine; signals are handed on, as srun does.
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift || exit 9
@@ -64,24 +66,20 @@ def ranks_of(run: str) -> list[int]:
 
 def stopped(command: str, run: str, project: Path, environment: dict) -> str:
     """Starts a run, sends SIGTERM to its script alone after some steps, and returns what it printed."""
-    script = subprocess.Popen(
-        [*command.split(), *FLAGS.split(), *INTERVALS.split(), "--output_dir", run],
-        cwd=project,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = [*command.split(), *FLAGS.split(), *INTERVALS.split(), "--output_dir", run]
+    log, rows = project / f"{run}.log", project / run / "metrics.jsonl"
+    with open(log, "w") as output:
+        script = subprocess.Popen(words, cwd=project, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline, rows = time.monotonic() + 120, project / run / "metrics.jsonl"
+        deadline = time.monotonic() + START_SECONDS
         while not rows.is_file() or rows.read_text().count("\n") < 3:
-            assert script.poll() is None, script.stdout.read()
-            assert time.monotonic() < deadline
+            assert script.poll() is None, f"it ended with {script.returncode}:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"no three steps yet; {len(ranks_of(run))} ranks:\n{log.read_text()}"
             time.sleep(0.1)
         script.send_signal(signal.SIGTERM)
-        printed, _ = script.communicate(timeout=60)
+        script.wait(timeout=60)
         assert ranks_of(run) == []
-        return printed
+        return log.read_text()
     finally:
         for process in ranks_of(run):
             os.kill(process, signal.SIGKILL)
