@@ -99,7 +99,7 @@ def save(
     """
     root, dist, tag = Path(output_dir) / FOLDER, engine.dist, tag_of(engine.global_steps)
     folder = root / (_UNFINISHED + tag)
-    with _writing(folder):
+    with _writing(folder), dist.progress.while_doing("saving a checkpoint"):
         dist.on_first_rank(lambda: _start(folder))
         engine.engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
         _save_weights(engine, folder)

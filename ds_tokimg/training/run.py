@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     """A whole run. Nothing is written before all settings, data and the model have been found to fit, and nothing where
     another run is writing."""
-    config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
-    with only_writer(config.output_dir, dist) as lock:
-        _train(config, raw, dist, lock)
+    with dist.watched():
+        config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
+        with only_writer(config.output_dir, dist) as lock:
+            _train(config, raw, dist, lock)
 
 
 def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
-    from ds_tokimg.training import automatic
+    from ds_tokimg.training import automatic, restarts
     from ds_tokimg.training.assemble import assemble
     from ds_tokimg.training.loop import Run
 
@@ -45,6 +46,7 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     notes += automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     dist.on_first_rank(lock.take)
     dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
+    dist.on_first_rank(lambda: restarts.note_start(config.output_dir, state.get("step", 0)))
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     check_shared(config, dist)
     engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
