@@ -117,7 +117,7 @@ def save(
     if not dist.all_true(engine.shards.finite()):
         raise NotFinite(f"step {engine.global_steps} is not saved: weights or states of the optimiser are not finite")
     writing = Writing(root.parent, dist)
-    with answering(), writing.undone_by(folder):
+    with answering(), writing.undone_by(folder), dist.progress.while_doing("saving a checkpoint"):
         writing.on_first_rank(lambda: _start(folder))
         _save_engine(engine, folder, writing)
         _save_weights(engine, folder, writing)

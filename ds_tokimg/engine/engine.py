@@ -60,7 +60,8 @@ CHECKPOINT_CLASSES += [(_member, f"{module}.getattr") for module in ("builtins",
 def init_distributed(timeout_minutes: float | None = None) -> Dist:
     """Join the process group; a plain `python` becomes the only rank of one.
 
-    A rank that hangs ends the others after `timeout_minutes` (default: DEEPSPEED_TIMEOUT in minutes, else 30).
+    `timeout_minutes` is how long it waits for the other ranks, and the limit of a collective outside of `watched`
+    (default: DEEPSPEED_TIMEOUT in minutes, else 30). Raises TrainingError where not all come.
     """
     environment.complete(get_accelerator().device_count() if get_accelerator().device_name() != "cpu" else 0)
     if timeout_minutes is None:
@@ -68,11 +69,18 @@ def init_distributed(timeout_minutes: float | None = None) -> Dist:
     timeout = timedelta(minutes=timeout_minutes)
     startup.hush()
     with startup.without_host_kernels():
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        try:
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        except torch.distributed.DistError as error:
+            place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise TrainingError(
+                f"the {os.environ['WORLD_SIZE']} ranks do not meet at {place} (within {timeout_minutes:g} minutes): "
+                f"one did not start, or its host does not reach the first. [{error}]"
+            ) from None
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     local_rank = int(os.environ["LOCAL_RANK"])
-    return Dist(local_rank, torch.device(get_accelerator().device_name(local_rank)))
+    return Dist(local_rank, torch.device(get_accelerator().device_name(local_rank)), timeout)
 
 
 def machine_capabilities():
@@ -152,6 +160,7 @@ class TrainEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=self._engine_config(), dist_init_required=False
         )
+        dist.limit()
         if self.stage == 0 and dist.world_size == 1:
             self.engine.enable_backward_allreduce = False  # it would copy all gradients there and back
         self.shards = Shards(self.engine, self.optimizer, self.stage)
@@ -254,8 +263,12 @@ class TrainEngine:
 
         Raises TrainingError where another rank no longer answers.
         """
+        progress = self.dist.progress
+        progress.doing = "training"
         with answering():
-            return self._step(micro_batches, refuses)
+            result = self._step(micro_batches, refuses)
+        progress.step, progress.open_ended = result.step, False
+        return result
 
     def _step(self, micro_batches: list, refuses) -> StepResult:
         if len(micro_batches) != self.accumulation:
@@ -335,11 +348,12 @@ class TrainEngine:
     def averaged_weights(self) -> Iterator[None]:
         """Averaged weights in the module, the trained ones again afterwards, bit for bit. Collective. Without an
         average, or before the first step, the trained weights stay in place."""
-        if self.optimizer.average is None:
-            yield
-            return
-        with self.shards.swapped(self.optimizer.average):
-            yield
+        with self.dist.progress.while_doing("validating"):
+            if self.optimizer.average is None:
+                yield
+                return
+            with self.shards.swapped(self.optimizer.average):
+                yield
 
     def save(self, output_dir: str | Path, state: dict, *, best: bool = False, keep: int = 3) -> Path:
         """Write a checkpoint, see checkpoint.save. Collective."""

@@ -1,10 +1,11 @@
 """One writer, one folder: while a run writes into its folder, no other does.
 
-    OUTPUT/run.lock    {"host": …, "pid": …, "began": seconds since 1970} of the run that is writing
+    OUTPUT/run.lock    {"host": …, "pid": …, "began": seconds since 1970, "beats": true} of the run that is writing
 
 The process also holds the operating system's lock on this file (POSIX, which goes with the process however it ends and
 is not passed on to its children), so two that start at once cannot both find the folder free, and what a killed process
-left behind is known to be stale.
+left behind is known to be stale. Another host does not see that lock on every file system: for it the owner renews the
+file's time, and one that has not for minutes is gone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_tokimg.engine.checkpoint import remove_unfinished
+from ds_tokimg.engine.watch import report
 from ds_tokimg.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
+BEAT_SECONDS = 20.0  # between two signs of life
+SILENT_SECONDS = 180.0  # after which a writer on another host is gone
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 
@@ -39,6 +43,7 @@ def only_writer(output_dir: str, dist: Dist) -> Iterator[Lock]:
     """Within: rank 0 owns the folder, one that does not exist yet from when it takes the lock. Raises UserError on all
     ranks, and leaves everything as it was, where another run does."""
     lock = Lock(Path(output_dir))
+    dist.watch.each_beat.append(lock.beat)
     dist.on_first_rank(lambda: lock.take() if lock.folder.exists() else None)
     try:
         yield lock
@@ -52,6 +57,8 @@ class Lock:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LOCK
         self._descriptor: int | None = None
+        self._own: dict = {}
+        self._beat_at = 0.0
         self._made: list[Path] = []  # folders, the innermost first
 
     def take(self) -> None:
@@ -71,10 +78,24 @@ class Lock:
             raise UserError(f"--output_dir {self.folder} cannot be written: {error.strerror}") from None
 
     def _sign(self, descriptor: int) -> None:
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": time.time()})
+        self._own = {"host": socket.gethostname(), "pid": os.getpid(), "began": time.time(), "beats": True}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (content + "\n").encode(), 0)
+        os.pwrite(descriptor, (json.dumps(self._own) + "\n").encode(), 0)
         os.fsync(descriptor)
+        self._beat_at = time.monotonic()
+
+    def beat(self) -> None:
+        """Shows now and then that the owner lives. Ends the process where another one has taken over meanwhile, because
+        this one was stopped for long: two must not write."""
+        descriptor = self._descriptor
+        if descriptor is None or time.monotonic() - self._beat_at < BEAT_SECONDS:
+            return
+        self._beat_at = time.monotonic()
+        owner = _read(descriptor)
+        if owner and owner != self._own:
+            report(f"error: {owner.get('host')} took {self.folder} over while this process was silent: it ends here")
+            os._exit(1)
+        os.utime(descriptor)
 
     def release(self) -> None:
         """Give the folder back. Nothing happens where it was not taken."""
@@ -82,8 +103,8 @@ class Lock:
             return
         with contextlib.suppress(OSError):  # the folder may be gone, or read-only by now
             self.path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        os.close(descriptor)
         self._remove_made()
 
     def _remove_made(self) -> None:
@@ -98,23 +119,48 @@ class Lock:
             try:
                 held = not _locked(descriptor)
                 owner = _read(descriptor)
-                if held or owner.get("host", socket.gethostname()) != socket.gethostname():
+                elsewhere = owner.get("host", socket.gethostname()) != socket.gethostname()
+                if held or (elsewhere and not self._is_silent(descriptor, owner)):
                     raise UserError(self._refusal(owner, held))
                 if _is(descriptor, self.path):
                     if owner:
-                        logger.info("taking over %s: process %s, which left it, is gone", self.path, owner.get("pid"))
+                        left = f"process {owner.get('pid')}" + (f" on {owner['host']}" if elsewhere else "")
+                        logger.info("taking over %s: %s, which left it, is gone", self.path, left)
                     return descriptor
             except BaseException:
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # its owner has just ended and removed it
 
+    def _is_silent(self, descriptor: int, owner: dict) -> bool:
+        """Whether a writer on another host is gone: waits until it shows that it lives, or has been silent for long."""
+        last, told = os.fstat(descriptor).st_mtime, False
+        while owner.get("beats") and os.fstat(descriptor).st_mtime == last:
+            left = SILENT_SECONDS - (self._time_of_disk() - last)
+            if left < 0:
+                return True
+            if not told:
+                words = "%s is of a process on %s: waiting up to %.0f s for a sign of life"
+                logger.info(words, self.path, owner["host"], left)
+            told = True
+            time.sleep(min(left + 0.1, BEAT_SECONDS / 4))
+        return False
+
+    def _time_of_disk(self) -> float:
+        """Seconds since 1970 by the clock that sets the times of this folder's files: that of its server."""
+        probe = self.path.with_name(f".{LOCK}.{socket.gethostname()}.{os.getpid()}")
+        probe.write_bytes(b"\n")
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+
     def _refusal(self, owner: dict, held: bool) -> str:
         began = owner.get("began")
         age = f" since {_duration(time.time() - began)}" if isinstance(began, int | float) else ""
         who = f"process {owner.get('pid', 'of unknown number')} on {owner.get('host', 'this host')}"
         refusal = f"--output_dir {self.folder} is in use: {who} has been writing a run into it{age}. "
-        if held:
+        if held or owner.get("beats"):
             return refusal + "Wait until it has ended, or choose another folder"
         return refusal + f"If that process is gone, remove the lock that it left: rm {shlex.quote(str(self.path))}"
 

@@ -382,6 +382,7 @@ class Run:
 
     def _show_samples(self) -> None:
         """Texts from the last checkpoint as a user would get them, from the averaged weights on the disk."""
+        self.dist.progress.doing, self.dist.progress.open_ended = "writing samples", True
         folder = Path(self.config.output_dir) / checkpoints.FOLDER / checkpoints.tag_of(self.saved_step)
         trained = load_trained(str(folder))
         with Work("writing samples"):

@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 def train(config: TrainConfig, raw: dict, dist: Dist) -> None:
     """A whole run. Nothing is written before all settings, data and the model have been found to fit, and nothing where
     another run is writing."""
-    config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
-    dist.on_first_rank(lambda: check_folder("--output_dir", config.output_dir))
-    with only_writer(config.output_dir, dist) as lock:
-        _train(config, raw, dist, lock)
+    with dist.watched():
+        config = dist.broadcast(config)  # what it says of the disk, all ranks take from the first
+        dist.on_first_rank(lambda: check_folder("--output_dir", config.output_dir))
+        with only_writer(config.output_dir, dist) as lock:
+            _train(config, raw, dist, lock)
 
 
 def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
-    from ds_tokimg.training import automatic, budget
+    from ds_tokimg.training import automatic, budget, restarts
     from ds_tokimg.training.loop import Run
 
     resumed = find_resumed(config, dist)
@@ -52,6 +53,7 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     notes += [*automatic.short_schedule(steps, config), *beyond_the_run(config, steps), *parts.without_prompts(config)]
     dist.on_first_rank(lock.take)
     dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
+    dist.on_first_rank(lambda: restarts.note_start(config.output_dir, state.get("step", 0)))
     dist.on_first_rank(lambda: write_settings(config, raw, settings, parts))
     dist.on_first_rank(lambda: write_texts(config, parts, resumed))
     check_shared(config, dist)

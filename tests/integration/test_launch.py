@@ -3,17 +3,24 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.launches import (
+    FLAGS,
+    INTERVALS,
+    START_SECONDS,
+    Case,
+    environment_of,
+    outcome,
+    processes_of,
+    wait_for_steps,
+)
 from tests.support.runs import copy_project, metrics, write_corpus
 
 pytestmark = pytest.mark.slow
-FLAGS = "--data_path corpus.txt --model JiT-XS/4 --img_size 16 --max_tokens 64 --vocab_size 300 --train_batch_size 8"
-INTERVALS = "--log_interval 1 --eval_interval 1000 --save_interval 1000 --num_samples 0 --epochs 100"
 # One process a node, all on this machine; signals are handed on, as srun does.
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift || exit 9
@@ -37,53 +44,20 @@ def project(tmp_path_factory) -> Path:
     return project
 
 
-@pytest.fixture(scope="module")
-def environment(project) -> dict:
-    return os.environ | {
-        "VENV": sys.prefix,
-        "PATH": f"{project / 'slurm'}:{sys.prefix}/bin:{os.environ['PATH']}",
-        "PYTHONPATH": str(project),
-        "HF_DATASETS_CACHE": str(project / "cache"),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def ranks_of(run: str) -> list[int]:
-    """Processes that write to a run's folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue  # it has ended
-        if "ds_tokimg" in words and run in words:
-            found.append(int(process.name))
-    return found
-
-
 def stopped(command: str, run: str, project: Path, environment: dict) -> str:
     """Starts a run, sends SIGTERM to its script alone after some steps, and returns what it printed."""
-    script = subprocess.Popen(
-        [*command.split(), *FLAGS.split(), *INTERVALS.split(), "--output_dir", run],
-        cwd=project,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = [*command.split(), *FLAGS.split(), *INTERVALS.split(), "--output_dir", run]
+    log = project / f"{run}.log"
+    with open(log, "w") as output:
+        script = subprocess.Popen(words, cwd=project, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline, rows = time.monotonic() + 120, project / run / "metrics.jsonl"
-        while not rows.is_file() or rows.read_text().count("\n") < 3:
-            assert script.poll() is None, script.stdout.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for_steps(project / run, script, log)
         script.send_signal(signal.SIGTERM)
-        printed, _ = script.communicate(timeout=60)
-        assert ranks_of(run) == []
-        return printed
+        script.wait(timeout=60)
+        assert processes_of(run) == []
+        return log.read_text()
     finally:
-        for process in ranks_of(run):
+        for process in processes_of(run):
             os.kill(process, signal.SIGKILL)
         script.kill()
         script.wait()
@@ -95,13 +69,64 @@ def assert_saved(run: Path, printed: str) -> None:
     assert (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
 
 
-def test_a_signal_to_the_training_script_saves(project, environment):
-    printed = stopped("bash launch/train.sh", "term", project, environment | {"RANKS": "2"})
-    assert "2 rank(s)" in printed
-    assert_saved(project / "term", printed)
+# benchmarks/faults.py runs all of them.
+CASES = [
+    Case("train.sh", signal.SIGTERM, "launcher"),
+    Case("train.sh", signal.SIGKILL, "launcher"),
+    Case("deepspeed", signal.SIGTERM, "launcher"),
+    Case("torchrun", signal.SIGKILL, "launcher"),
+]
 
 
-def test_slurm_starts_all_nodes_and_its_warning_saves(project, environment):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_when_a_launcher_ends_the_run_is_saved_and_nothing_is_left(case, project):
+    """Ranks that nobody sees any more would hold their accelerators."""
+    end = outcome(case, project)
+    assert end.left == [] and "2 rank(s)" in end.printed, end.printed
+    assert end.saved == end.steps, end.printed
+    assert case.launcher != "train.sh" or end.code == (0 if case.signal == signal.SIGTERM else -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 4.0])
+def test_a_signal_to_the_training_script_before_the_first_step_ends_it(seconds, project):
+    words = ["bash", "launch/train.sh", *FLAGS.split(), "--output_dir", f"early-{seconds}"]
+    script = subprocess.Popen(words, cwd=project, env=environment_of(project), start_new_session=True)
+    try:
+        time.sleep(seconds)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(timeout=30) in (0, -signal.SIGTERM)  # the latter: before its first line
+        assert processes_of(f"early-{seconds}") == []
+        assert not (project / f"early-{seconds}" / "checkpoints").exists()
+    finally:
+        for process in processes_of(f"early-{seconds}"):
+            os.kill(process, signal.SIGKILL)
+
+
+def test_the_training_script_starts_again_from_the_newest_checkpoint(project):
+    run, log = "restarted", project / "restarted.log"
+    words = ["bash", "launch/train.sh", "--max_restarts", "2", *FLAGS.split(), *INTERVALS.split()]
+    words += ["--save_interval", "2", "--max_steps", "150", "--output_dir", run]
+    with open(log, "w") as output:
+        script = subprocess.Popen(
+            words, cwd=project, env=environment_of(project), stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_for_steps(project / run, script, log, 4)
+        os.kill(processes_of(run, ranks=True)[-1], signal.SIGKILL)
+        assert script.wait(timeout=START_SECONDS) == 0, log.read_text()
+        printed = log.read_text()
+        assert printed.count("restart 1 of at most 2") == 1 and "resumed restarted/checkpoints" in printed, printed
+        assert [row["step"] for row in metrics(project / run)] == list(range(1, 151))
+    finally:
+        for process in processes_of(run):
+            os.kill(process, signal.SIGKILL)
+        script.kill()
+        script.wait()
+
+
+def test_slurm_starts_all_nodes_and_its_warning_saves(project):
+    environment = environment_of(project)
+    environment["PATH"] = f"{project / 'slurm'}:{environment['PATH']}"
     slurm = {"SLURM_SUBMIT_DIR": str(project), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     slurm |= {"SLURM_JOB_ID": "17", "SLURM_GPUS_ON_NODE": "1", "MASTER_PORT": "29517"}
     printed = stopped("bash launch/slurm.sbatch", "slurm-run", project, environment | slurm)

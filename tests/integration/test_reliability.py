@@ -10,13 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from ds_tokimg.engine import checkpoint
-from ds_tokimg.training import signals
+from ds_tokimg.errors import UserError
+from ds_tokimg.training import lock, signals
 from tests.support.distributed import run_ranks, start_ranks
 from tests.support.runs import _train, learned, metrics, small_flags, train_in_ranks, write_corpus
 
@@ -192,15 +194,70 @@ def test_of_two_that_start_at_once_one_runs(corpus, tmp_path):
 
 
 def test_the_lock_of_another_host_is_reported_with_its_age(run):
-    lock = run / "run.lock"
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "began": time.time() - 3 * 3600}))
+    path = run / "run.lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "began": time.time() - 3 * 3600}))
     try:
         words = r"process 7 on elsewhere has been writing a run into it since 3 hours. .* rm '.*run\.lock'"
         with pytest.raises(AssertionError, match=words):
             train_in_ranks(1, ["--resume", "latest", "--output_dir", str(run)])
-        assert json.loads(lock.read_text())["host"] == "elsewhere"
+        assert json.loads(path.read_text())["host"] == "elsewhere"
     finally:
-        lock.unlink()
+        path.unlink()
+
+
+def left_elsewhere(folder: Path, seconds: float) -> lock.Lock:
+    """The lock of a process on another host, whose last sign of life was so many seconds ago."""
+    path = folder / "run.lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "began": time.time() - 3600, "beats": True}))
+    os.utime(path, (time.time() - seconds,) * 2)
+    return lock.Lock(folder)
+
+
+def test_a_silent_writer_on_another_host_is_succeeded(tmp_path, monkeypatch, caplog):
+    """After a node is lost its job is started again on another one."""
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 100.0)
+    successor = left_elsewhere(tmp_path, 99.0)
+    with caplog.at_level("INFO"):
+        successor.take()  # after a second more
+    assert "waiting up to 1 s for a sign of life" in caplog.text and "process 7 on elsewhere" in caplog.text
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    successor.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_on_another_host_that_shows_that_it_lives_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.4)
+    second = left_elsewhere(tmp_path, 0.0)
+    beat = threading.Timer(0.5, os.utime, [tmp_path / "run.lock"])
+    beat.start()
+    with pytest.raises(UserError, match=r"process 7 on elsewhere has been writing .* Wait until it has ended"):
+        second.take()
+
+
+BEATING = """
+import sys, time
+from pathlib import Path
+from ds_tokimg.training import lock
+lock.BEAT_SECONDS = 0.1
+own = lock.Lock(Path(sys.argv[1]))
+own.take()
+for _ in range(100):
+    time.sleep(0.1)
+    own.beat()
+"""
+
+
+def test_an_owner_shows_that_it_lives_and_leaves_where_it_was_succeeded(tmp_path):
+    path = tmp_path / "run.lock"
+    with subprocess.Popen([sys.executable, "-c", BEATING, str(tmp_path)], stderr=subprocess.PIPE, text=True) as owner:
+        while not path.exists() or not path.read_text():
+            time.sleep(0.05)
+        os.utime(path, (0, 0))
+        time.sleep(0.5)
+        assert time.time() - path.stat().st_mtime < 10
+        path.write_text(json.dumps({"host": "elsewhere", "pid": 8, "beats": True}))
+        assert owner.wait(timeout=10) == 1 and "elsewhere took" in owner.stderr.read()
+    assert json.loads(path.read_text())["pid"] == 8
 
 
 def test_a_start_that_is_refused_leaves_no_folder(corpus, tmp_path):
