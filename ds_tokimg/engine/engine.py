@@ -372,6 +372,8 @@ class TrainEngine:
         loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:
             raise TrainingError(f"DeepSpeed could not load {folder}")
+        if self.stage > 0:  # it has taken the checkpoint's
+            self.shards.zero.clip_grad = self.max_grad_norm
 
     def restore_counters(self, saved: dict) -> None:
         """Counters and schedule from the engine's model file of another layout."""

@@ -39,8 +39,10 @@ BATCH_FLAGS = {
     "train_micro_batch_size_per_gpu": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
+DEEPEST = 20  # nesting; DeepSpeed's own keys stand 3 deep
 SHORTEST_SCHEDULE = 3  # DeepSpeed warms up for at least 2 steps, and the schedule must be longer than that
 
+QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 BUCKET_SIZE = "zero_optimization.reduce_bucket_size"
 # Elements of gradients that a CPU reduces at once. DeepSpeed's 500 M would hold all of them a second or third time, and
 # with 2 ranks a JiT-S/4 took 25 % more memory; there is no launch of a kernel to save.
@@ -74,6 +76,8 @@ def read(path: str | Path) -> dict:
         raise UserError(f"--deepspeed_config {path}: not valid JSON at {where}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed_config {path}: {error}") from None
+    if _is_deeper(raw, DEEPEST):
+        raise UserError(f"--deepspeed_config {path}: objects and lists stand more than {DEEPEST} deep in each other")
     if not isinstance(raw, dict):
         raise UserError(f"--deepspeed_config {path}: expected an object {{...}}, found {type(raw).__name__}")
     return raw
@@ -82,6 +86,14 @@ def read(path: str | Path) -> dict:
 def save(resolved: dict, path: str | Path) -> None:
     """Write a resolved JSON."""
     write_text(path, json.dumps(resolved, indent=2))
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    inside = [value]
+    for _ in range(depth):
+        parts = [one.values() if isinstance(one, dict) else one for one in inside if isinstance(one, dict | list)]
+        inside = [one for part in parts for one in part]
+    return any(isinstance(one, dict | list) for one in inside)
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -288,6 +300,11 @@ class _Resolution:
         self.put(path, stage)
         if stage > 0 and self.machine.accelerator == "cpu" and lookup(self.raw, BUCKET_SIZE) is None:
             self.put(BUCKET_SIZE, CPU_BUCKET_SIZE)
+        for key in QUANTISED:
+            if self.machine.accelerator == "cpu" and lookup(self.raw, f"zero_optimization.{key}") is True:
+                self.problems.append(
+                    f"zero_optimization.{key} true: needs kernels of an accelerator, which a CPU has not"
+                )
         if stage > 0 and precision == "torch_autocast" and self._autocast_dtype() == "float16":
             self.problems.append(
                 f"torch_autocast in float16 clips the scaled gradients at {path} {stage}: use bfloat16 or fp16"

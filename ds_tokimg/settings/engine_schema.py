@@ -7,7 +7,6 @@ DeepSpeed ignores unknown top-level keys silently, and text in place of a number
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 
 from ds_tokimg.errors import nearest
@@ -35,6 +34,7 @@ TEXT = "text"
 LIST = "a list"
 BLOCK = "an object {...}"
 FREE = "any value"
+LARGEST = 2**53  # of all numbers: beyond, whole ones are no longer exact as floats
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -193,6 +193,19 @@ _REFUSED = (
         "must be true: no op is compiled for training",
     ),
     ("zero_allow_untested_optimizer", lambda value: value is False, "must be true: the optimiser is torch's"),
+    ("zero_optimization.cpu_offload", bool, 'is an old name: write "offload_optimizer": {"device": "cpu"}'),
+    ("zero_optimization.cpu_offload_param", bool, 'is an old name: write "offload_param": {"device": "cpu"}'),
+    ("zero_optimization.legacy_stage1", bool, "is a ZeRO that DeepSpeed no longer has: delete the key"),
+    (
+        "zero_optimization.compute_grad_norm",
+        lambda value: value is False,
+        "must be true: steps that are not finite are known by their norm",
+    ),
+    (
+        "bf16.check_grad_overflow",
+        lambda value: value is False,
+        "must be true: steps that are not finite would be taken",
+    ),
 )
 
 
@@ -257,7 +270,7 @@ def fits(value, kind) -> bool:
     if kind not in (COUNT, WHOLE, POSITIVE, NUMBER):
         return True
     least = {COUNT: value >= 1, POSITIVE: value > 0}.get(kind, value >= 0)
-    return least and math.isfinite(value) and not isinstance(value, bool)
+    return least and value <= LARGEST and not isinstance(value, bool)
 
 
 def _check_typed_block(raw: dict, name: str, known: dict) -> list[str]:
@@ -304,6 +317,8 @@ def _combination_problems(raw: dict) -> list[str]:
         problems.append("prescale_gradients and gradient_predivide_factor do not work with zero_optimization.stage 2")
     if lookup(raw, "bf16.bf16_master_weights_and_grads") and not offload_device(raw):
         problems.append("bf16.bf16_master_weights_and_grads needs zero_optimization.offload_optimizer")
+    if lookup(raw, "bf16.bf16_optimizer_states") and not lookup(raw, "bf16.bf16_master_weights_and_grads"):
+        problems.append("bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads")
     if offload_device(raw) and raw.get("zero_force_ds_cpu_optimizer"):
         problems.append("zero_force_ds_cpu_optimizer must be false with offload_optimizer: the optimiser is torch's")
     if offload_device(raw) and lookup(raw, "optimizer.type") == "Muon":

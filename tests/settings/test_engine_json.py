@@ -266,6 +266,12 @@ def test_what_a_foreign_optimiser_needs():
         ({"sequence_parallel_size": 2}, "sequence_parallel_size 2: splits one text over ranks"),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op "sum": must stay "mean"'),
         ({"compile__deepcompile": True}, "compile.deepcompile true: does not work"),
+        ({"zero_optimization__cpu_offload": True}, 'cpu_offload true: is an old name: write "offload_optimizer"'),
+        ({"zero_optimization__cpu_offload_param": True}, 'cpu_offload_param true: is an old name: write "offload_p'),
+        ({"zero_optimization__legacy_stage1": True}, "legacy_stage1 true: is a ZeRO that DeepSpeed no longer has"),
+        ({"zero_optimization__compute_grad_norm": False}, "compute_grad_norm false: must be true"),
+        ({"bf16__bf16_optimizer_states": True}, "bf16_optimizer_states needs bf16.bf16_master_weights_and_grads"),
+        ({"bf16__check_grad_overflow": False}, "bf16.check_grad_overflow false: must be true"),
         ({"bf16__enabled": True, "fp16__enabled": True}, "bf16.enabled and fp16.enabled are both true"),
         ({"prescale_gradients": True, "zero_optimization__stage": 2}, "do not work with zero_optimization.stage 2"),
         ({"bf16__bf16_master_weights_and_grads": True}, "needs zero_optimization.offload_optimizer"),
@@ -381,3 +387,10 @@ def test_deepspeed_accepts_the_resolved_json(machine):
     assert config.train_batch_size == settings().smallest_train_batch
     assert config.zero_optimization_stage == result["zero_optimization"]["stage"]
     assert config.gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_quantised_weights_and_gradients_are_for_accelerators(key):
+    raw = shipped(zero_optimization__stage=3, **{f"zero_optimization__{key}": True})
+    assert f"zero_optimization.{key} true: needs kernels" in problems(raw, CPU)
+    resolved(raw, GPU)
