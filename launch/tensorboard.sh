@@ -1,7 +1,28 @@
 #!/usr/bin/env bash
-# Shows all runs below a folder in TensorBoard: bash launch/tensorboard.sh [FOLDER] [tensorboard flags]
+# Shows all runs below a folder in TensorBoard, each under the name of its folder, also those that begin later; on this
+# machine alone unless a flag says otherwise: bash launch/tensorboard.sh [FOLDER] [tensorboard flags]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 
-exec tensorboard --logdir "${1:-runs}" "${@:2}"
+runs=$(realpath -m "${1:-runs}")
+# TensorBoard calls a run by its path below --logdir: links leave out the `tensorboard` at the end of each.
+links=$(mktemp -d)
+link_runs() {
+    find -L "$runs" -name checkpoints -prune -o -type d -name tensorboard -print0 2>/dev/null |
+        while IFS= read -r -d '' logs; do
+            run=$(dirname "$logs")
+            [ "$run" = "$runs" ] && name=$(basename "$run") || name=${run#"$runs"/}
+            ln -sfn "$logs" "$links/${name//\//__}"
+        done
+}
+link_runs
+(
+    while kill -0 $$ 2>/dev/null; do # as long as TensorBoard, which takes over this process
+        sleep 5
+        link_runs
+    done
+    rm -rf "$links"
+) >/dev/null 2>&1 &
+
+exec tensorboard --logdir "$links" "${@:2}"

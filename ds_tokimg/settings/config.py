@@ -157,7 +157,7 @@ class RunSettings:
     eval_interval: int = setting(500, "optimiser steps between validations", COUNT)
     log_interval: int = setting(10, "optimiser steps between log lines", COUNT)
     keep_checkpoints: int = setting(3, "newest checkpoints to keep (the best one stays too)", COUNT)
-    num_samples: int = setting(4, "texts to write at the end of the run", WHOLE)
+    num_samples: int = setting(4, "texts to write at every validation, with pictures, and at the end; 0: none", WHOLE)
     seed: int = _fixed(0, "seed of the weights, data order, noise and samples", WHOLE)
     warmup_ratio: float = setting(0.05, "share of all optimiser steps spent on warm-up", PROPER_SHARE, of_recipe=True)
     profile: int = _launch(0, "optimiser steps to profile", WHOLE)

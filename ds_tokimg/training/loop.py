@@ -13,19 +13,22 @@ import numpy as np
 from ds_tokimg.data.loader import BatchLoader, Part
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
+from ds_tokimg.engine.allocator import peak_memory
 from ds_tokimg.engine.engine import StepResult, TrainEngine
 from ds_tokimg.inference.loading import load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
-from ds_tokimg.inference.texts import generate, images_of, show
+from ds_tokimg.inference.texts import generate, show
 from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.training import dashboard
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
 from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
+from ds_tokimg.training.samples import Gallery, as_lines, as_table
 from ds_tokimg.training.signals import Interrupted, StopSignals
-from ds_tokimg.training.tracking import Tracker
+from ds_tokimg.training.tracking import Meter, Tracker
 
 
 class Run:
@@ -41,7 +44,10 @@ class Run:
         self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
         self.first_step = state.get("step", 0)
         self.best, self.best_step = self._best_before(state)
-        self.tracker = Tracker(config.output_dir, engine, self.first_step)
+        self.tracker = Tracker(config.output_dir, engine, self.first_step, dashboard.tags_of(parts))
+        self.tracker.describe(*dashboard.opening(config, settings, parts, self.dist))
+        self.gallery = Gallery(config, parts, engine, self.tracker)
+        self.meter = Meter(self.tracker.last_row(), self.first_step)
         # All ranks at once, as they compute.
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
         self.speed = Speedometer()
@@ -92,6 +98,7 @@ class Run:
         if self.schedule is not None and not result.skipped:
             self.schedule.update(result.sums)
         self.speed.add(result, loaded.wait_seconds)
+        self.meter.add(result)
         # 2. log, keep, measure: a validation may take long, and what was trained is safe before it
         if is_due & {"log", "eval"}:
             row = self._metrics(result, loaded.epoch)
@@ -133,10 +140,10 @@ class Run:
             "model_flops_per_second": pace.flops / pace.seconds,
             "peak_share": pace.flops / pace.seconds / self.peak,
             "padding_fraction": 1 - sums["valid_tokens"] / max(1.0, sums["slots"]),
+            "tokens_seen": self.meter.tokens_seen(),
+            "peak_memory_bytes": peak_memory(self.dist.device),
         }
-        if sums.get("bound_tokens"):
-            row["bits_per_token"] = sums["bound_nats"] / (math.log(2) * sums["bound_tokens"])
-        return row
+        return row | dashboard.step_bits(sums, self.parts.module)
 
     def _validate_now(self) -> bool:
         """The validation that is due, and what follows from it. False when a signal ended it: then the step is saved,
@@ -154,6 +161,7 @@ class Run:
             self.tracker.complete(step, figures)
             self._print_validation(figures)
             self._keep_validation(step, self._improved(figures))
+            self.gallery.show(self.signals)
         return True
 
     def _keep_validation(self, step: int, improved: bool) -> None:
@@ -186,6 +194,9 @@ class Run:
             "val_bits_per_token": self.bound.bits_per_token,
             "val_bits_per_byte": self.bound.bits_per_byte,
             "val_token_accuracy": self.bound.accuracy_per_level,
+            "val_loss_by_noise": self.bound.loss_per_level,
+            "val_bits_by_noise": self.bound.bits_per_level,
+            "val_unigram_entropy": self.parts.unigram_entropy,
         }
 
     def _improved(self, row: dict) -> bool:
@@ -255,7 +266,7 @@ class Run:
             f"{self.last_step} of {self.schedule_steps} steps"
         )
         if parts.module.told != parts.module.model.writing:
-            self.log("bits/token of a step are those of many small steps; validations draw tokens in turn: fewer bits")
+            self.log("bits/token are told by validations, which draw tokens in turn; a training step does not")
 
     def _print(self, row: dict, step: int) -> None:
         left = self.speed.time_left(self.last_step - step)
@@ -285,7 +296,7 @@ class Run:
                     self._show_samples()
             except Interrupted:
                 self.log("no more samples: the run is complete, and saved")
-        self.tracker.close()
+        self.tracker.close(*dashboard.closing(finished))
         self.dist.barrier()
         if self.bound is not None:
             self.log(
@@ -303,9 +314,7 @@ class Run:
         print("\nsamples:")
         show(texts)
         step = self.engine.global_steps
-        self.tracker.images("samples", images_of(trained, texts), step)
-        lines = [f"- {text['prompt'] or ''} → {text['text']}" for text in texts]
-        self.tracker.text("samples", "\n".join(lines), step)
+        self.tracker.text("at_the_end", as_lines(texts), step, as_table(texts))
 
     def _a_prompt(self) -> str | None:
         """Of a run whose prompts are conditions: one that its model can be asked to answer."""
