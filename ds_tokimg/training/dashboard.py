@@ -40,6 +40,8 @@ GROUP_OF = {key: group for group, keys in GROUPS.items() for key in keys}
 LOSS_ON_PATH = "val/loss_on_path"
 # What Markdown or HTML may take for its own: all punctuation of ASCII.
 _MARK = re.compile(r"[!-/:-@\[-`{-~]")
+# Settings that make no difference to what is learnt.
+HOW_OFTEN = ("num_workers", "save_interval", "eval_interval", "log_interval", "keep_checkpoints", "num_samples")
 COMPARED = ("val/bits_per_token", "val/bits_per_byte", "train/loss")
 
 
@@ -140,7 +142,7 @@ def hparams(config: TrainConfig, settings: dict, world_size: int) -> dict[str, s
     """The settings that tell runs apart, as numbers and words: not where it writes, nor how often."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
-        if field.metadata["resume"] != LAUNCH and not field.metadata["is_path"]:
+        if field.metadata["resume"] != LAUNCH and not field.metadata["is_path"] and field.name not in HOW_OFTEN:
             values[field.name] = getattr(config, field.name)
     values |= {
         "recipe": config.recipe,

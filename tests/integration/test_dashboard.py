@@ -154,7 +154,8 @@ def server(folder):
 def ask(server: str, path: str, **question):
     """GET, or POST of JSON; the run that is asked about is the first."""
     data = json.dumps(question["json"]).encode() if question else None
-    with urllib.request.urlopen(f"{server}data/{path}", data, timeout=30) as answer:
+    request = urllib.request.Request(f"{server}data/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
         return json.loads(answer.read())
 
 
@@ -163,8 +164,9 @@ def test_the_server_has_all_of_it(server):
     assert run in ask(server, "runs")
     assert "val/bits_per_token" in ask(server, "plugin/scalars/tags")[run]
     assert {"samples/denoising", "samples/from_noise"} <= set(ask(server, "plugin/images/tags")[run])
-    assert {"samples/texts", "run/settings", "run/plan"} <= set(ask(server, "plugin/text/tags")[run])
-    shown = ask(server, f"plugin/text/text?run={run}&tag=samples/texts")
+    texts = {f"{name}/text_summary" for name in ("samples/texts", "run/settings", "run/plan")}
+    assert texts <= set(ask(server, "plugin/text/tags")[run])
+    shown = ask(server, f"plugin/text/text?run={run}&tag=samples/texts/text_summary")
     assert [text["step"] for text in shown] == list(VALIDATED) and "<table>" in shown[0]["text"]
     assert "noise alone" in html.unescape(shown[0]["text"])
     assert ask(server, "plugin/custom_scalars/layout")["category"][0]["title"] == "What matters"
