@@ -1,9 +1,12 @@
-"""Memory of a training step on a CPU: kept for the next step instead of handed back to the kernel."""
+"""Memory of a training step: on a CPU kept for the next step instead of handed back to the kernel; and its peak."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+
+import torch
 
 # mallopt's names (malloc.h of glibc), and what they are set to.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -25,3 +28,12 @@ def keep_freed_memory() -> bool:
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_TOP_PAD, _GROWTH))
     accepted = [mallopt(name, value) == 1 for name, value in settings]
     return all(accepted)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors on an accelerator took at once so far; on a CPU, the most that the process had in
+    memory."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

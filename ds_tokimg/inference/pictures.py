@@ -66,8 +66,24 @@ def draw(frame: Frame, layout: PatchLayout, tokenizer, width: int = WIDTH) -> Im
 
 def strip(frames: list[Frame], layout: PatchLayout, tokenizer, width: int = WIDTH) -> Image.Image:
     """Frames one below the other."""
-    pictures = [draw(frame, layout, tokenizer, width) for frame in frames]
-    whole = Image.new("RGB", (width, sum(picture.height for picture in pictures)), PAPER)
+    return _below([draw(frame, layout, tokenizer, width) for frame in frames])
+
+
+def grid(rows: list[list[Frame]], layout: PatchLayout, tokenizer, width: int = WIDTH) -> Image.Image:
+    """Rows of frames, those of a row side by side, one row below the other; `width` is the whole picture's."""
+    pictures = []
+    for row in rows:
+        parts = [draw(frame, layout, tokenizer, width // len(row)) for frame in row]
+        picture = Image.new("RGB", (width, max(part.height for part in parts)), PAPER)
+        for place, part in enumerate(parts):
+            picture.paste(part, (place * (width // len(row)), 0))
+        pictures.append(picture)
+    return _below(pictures)
+
+
+def _below(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one width, one below the other."""
+    whole = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)), PAPER)
     top = 0
     for picture in pictures:
         whole.paste(picture, (0, top))

@@ -40,10 +40,7 @@ class Watcher:
             parts = [torch.cat([old[:first_patch], new]) for old, new in zip(self._written, parts, strict=True)]
         if t == 0:
             self._written = parts
-        patches, read, sure = parts
-        order = torch.argsort(self.model.layout.order[: len(read)].flatten())  # of the text, not of the patches
-        read, sure = read.flatten()[order], sure.flatten()[order]
-        self.seen.append(Frame(self._image(patches), read.tolist(), sure.tolist(), f"noise {t / 10:.3g} %"))
+        self.seen.append(frame_of(self.model, f"noise {t / 10:.3g} %", *parts))
 
     @property
     def frames(self) -> list[Frame]:
@@ -68,11 +65,15 @@ class Watcher:
         length = final.index(self.eos_id, 1) if self.eos_id in final[1:] else len(final)
         return Frame(frame.image, frame.ids[:length], frame.certainty[:length], frame.title)
 
-    def _image(self, patches: Tensor) -> Tensor:
-        """[n, P] -> image [3, H, W], 0 where nothing is written yet."""
-        whole = torch.zeros(1, self.model.num_patches, patches.shape[1])
-        whole[0, : len(patches)] = patches
-        return self.model.unpatchify(whole)[0]
+
+def frame_of(model: JiT, title: str, patches: Tensor, ids: Tensor, certainty: Tensor) -> Frame:
+    """What stands in the first n patches of an image: patches [n, P], ids and certainty [n, K], on the host. The image
+    is 0 behind them."""
+    whole = torch.zeros(1, model.num_patches, patches.shape[1])
+    whole[0, : len(patches)] = patches
+    order = torch.argsort(model.layout.order[: len(ids)].flatten())  # of the text, not of the patches
+    read, sure = ids.flatten()[order].tolist(), certainty.flatten()[order].tolist()
+    return Frame(model.unpatchify(whole)[0], read, sure, title)
 
 
 def stages(frames: list[Frame], count: int = 5) -> list[Frame]:

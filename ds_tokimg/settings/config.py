@@ -184,7 +184,7 @@ class RunSettings:
         "0: it ends after 5",
         WHOLE,
     )
-    num_samples: int = setting(4, "texts to write at the end of the run", WHOLE)
+    num_samples: int = setting(4, "texts to write at every validation, with pictures, and at the end; 0: none", WHOLE)
     seed: int = _fixed(0, "seed of the weights, data order, noise and samples", WHOLE)
     warmup_ratio: float = setting(0.05, "share of all optimiser steps spent on warm-up", PROPER_SHARE, of_recipe=True)
     profile: int = _launch(0, "optimiser steps to profile", WHOLE)

@@ -343,10 +343,11 @@ class _Resolution:
         self.put("scheduler.params.warmup_max_lr", peak)
 
     def monitors(self) -> None:
-        """Where TensorBoard writes; packages that a monitor needs and that are not installed."""
-        if isinstance(self.raw.get("tensorboard"), dict):
-            for key, value in (("output_path", self.config.output_dir), ("job_name", "tensorboard")):
-                self.put(f"tensorboard.{key}", self.given(f"tensorboard.{key}", "text") or value)
+        """Where TensorBoard and CSV files are written; packages that a monitor needs and that are not installed."""
+        for block, folder in (("tensorboard", "tensorboard"), ("csv_monitor", "csv")):
+            if isinstance(self.raw.get(block), dict):
+                for key, value in (("output_path", self.config.output_dir), ("job_name", folder)):
+                    self.put(f"{block}.{key}", self.given(f"{block}.{key}", "text") or value)
         packages = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
         for block, package in packages.items():
             if lookup(self.raw, f"{block}.enabled") is True and importlib.util.find_spec(package) is None:

@@ -19,6 +19,7 @@ AUTO_PATHS = frozenset(
         *("gradient_clipping", "fp16.enabled", "bf16.enabled", "torch_autocast.enabled"),
         *("zero_optimization.stage", "optimizer.params.lr", "scheduler.params.total_num_steps"),
         *("scheduler.params.warmup_num_steps", "tensorboard.output_path", "tensorboard.job_name"),
+        *("csv_monitor.output_path", "csv_monitor.job_name"),
     )
 )
 # DeepSpeed's own "auto", which it understands itself.

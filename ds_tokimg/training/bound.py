@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -55,6 +56,9 @@ class Bound:
     token_accuracy: float  # share of tokens read correctly, averaged over the noise levels of the integral
     accuracy_per_level: dict[str, float]  # the same by timestep, "t0-100" …
     invalid_token_rate: float  # share of predictions whose colour is no token
+    loss_per_level: dict[str, float]  # `loss` at the noise levels of each range of timesteps
+    bits_per_level: dict[str, float]  # what each range adds to bits_per_token, and beside the ranges "drawn", of tokens
+    # that are drawn from what the network says, and "fixed", the terms without the network: their sum is bits_per_token
     loses_text: bool = False  # the tokens do not say all of the text
 
     @property
@@ -180,17 +184,19 @@ def estimate_bound(
                 sums.add_nats(indices, measure(batches.drawn(indices, noise=num_levels))["nats"])
     sums.reduce(share.all_reduce)
     pixels = int(batches.scored_tokens.sum()) * layout.codec.token_size**2
-    correct, invalid, seen = sums.reading.sum(0).tolist()
-    bins = zip(ACCURACY_BINS, ACCURACY_BINS[1:], sums.reading.tolist(), strict=False)
+    correct, invalid, seen, *_ = sums.reading.sum(0).tolist()
+    fixed, ranges = _fixed_nats(batches, layout.codec), sums.by_range()
     return Bound(
-        nats=sums.nats.numpy() + _fixed_nats(batches, layout.codec),
+        nats=sums.nats.numpy() + fixed,
         tokens=batches.text_tokens,
         num_bytes=dataset.num_bytes,
         loss=float(sums.objective.sum()) / path.trained(timesteps) / pixels,
         token_accuracy=correct / seen,
-        accuracy_per_level={f"t{low}-{high}": c / n for low, high, (c, _, n) in bins if n},
+        accuracy_per_level={name: right / n for name, (right, _, n, *_) in ranges.items()},
         invalid_token_rate=invalid / seen,
         loses_text=dataset.loses_text,
+        loss_per_level={name: loss / (n * layout.codec.token_size**2) for name, (_, _, n, loss, _) in ranges.items()},
+        bits_per_level=_bits_per_level(sums, fixed, batches.text_tokens),
     )
 
 
@@ -221,14 +227,25 @@ def _fixed_nats(batches: ValidationBatches, codec) -> np.ndarray:
     return nats
 
 
+def _bits_per_level(sums: _Sums, fixed: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """See `Bound`. fixed: nats of each text; tokens: of each text."""
+    path, nats = sums.path, {}
+    if not path.writing.one_step:
+        nats = {name: nats for name, (*_, nats) in sums.by_range().items()}
+    if path.drawn_at is not None:
+        nats["drawn"] = float(sums.nats.sum()) - sum(nats.values())
+    nats["fixed"] = float(fixed.sum())
+    return {name: value / (math.log(2) * float(tokens.sum())) for name, value in nats.items()}
+
+
 class _Sums:
     """What is added up over batches, float64."""
 
     def __init__(self, path: SamplingPath, timesteps, texts: int):
         self.path, self.timesteps = path, timesteps
         self.nats, self.objective = (torch.zeros(texts, dtype=torch.float64) for _ in range(2))
-        # By timestep: tokens read correctly, colours that are no token, tokens.
-        self.reading = torch.zeros(len(ACCURACY_BINS) - 1, 3, dtype=torch.float64)
+        # By timestep: tokens read correctly, colours that are no token, tokens, the objective, the bound's nats.
+        self.reading = torch.zeros(len(ACCURACY_BINS) - 1, 5, dtype=torch.float64)
 
     def add_level(self, indices, batch, result, log_snr: np.ndarray, weight: np.ndarray) -> None:
         """Adds one batch's integrand to its texts. log_snr, weight (density times levels a text): [B, N or 1]."""
@@ -236,17 +253,25 @@ class _Sums:
             return
         t = batch.t.double().view(len(indices), -1)
         snr, weight = torch.from_numpy(np.exp(log_snr)), torch.from_numpy(weight)
+        nats = torch.zeros_like(result["loss"])
         if not self.path.writing.one_step:
-            self.add_nats(indices, 0.5 * snr / weight * result["squared_error"])
+            nats = 0.5 * snr / weight * result["squared_error"]
+            self.add_nats(indices, nats)
         # The objective is an average over the training's noise levels: importance weights turn ours into those.
         self.objective[indices] += (self.timesteps.density(t).double() / weight * result["loss"]).sum(1)
         bins = torch.bucketize(t, torch.tensor(ACCURACY_BINS[1:-1]).double(), right=True).expand_as(result["loss"])
-        counts = torch.stack([result["correct"], result["invalid"], batch.mask.sum(-1).double()], -1)
+        tokens = batch.mask.sum(-1).double()
+        counts = torch.stack([result["correct"], result["invalid"], tokens, result["loss"], nats], -1)
         self.reading.index_add_(0, bins.flatten(), counts.flatten(0, 1))
 
     def add_nats(self, indices, nats: Tensor) -> None:
         """nats: [B, N]."""
         self.nats[indices] += nats.sum(1)[: len(indices)]
+
+    def by_range(self) -> dict[str, list[float]]:
+        """What was added up between two timesteps, by their names: "t0-100" …, where there was anything."""
+        names = (f"t{low}-{high}" for low, high in pairwise(ACCURACY_BINS))
+        return {name: row for name, row in zip(names, self.reading.tolist(), strict=True) if row[2]}
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         self.nats, self.objective, self.reading = map(all_reduce, (self.nats, self.objective, self.reading))

@@ -175,7 +175,7 @@ def _schedule(config: TrainConfig, parts: Parts, settings: dict) -> dict:
 def _engine(settings: dict, machine: engine_json.Machine) -> dict:
     return {
         "accelerator": machine.accelerator,
-        "precision": _precision(settings),
+        "precision": precision_of(settings),
         "zero_stage": settings["zero_optimization"]["stage"],
         "optimizer": settings["optimizer"]["type"],
         "lr": settings["optimizer"]["params"]["lr"],
@@ -183,20 +183,20 @@ def _engine(settings: dict, machine: engine_json.Machine) -> dict:
     }
 
 
-def _precision(settings: dict) -> str:
+def precision_of(settings: dict) -> str:
     return next((name for name in PRECISIONS if settings.get(name, {}).get("enabled")), "fp32")
 
 
 def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: engine_json.Machine) -> Footprint:
     parameters = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
-    moments = _moments(settings["optimizer"], parts.module, parameters)
+    moments = moments_of(settings["optimizer"], parts.module, parameters)
     parts.module.measure_bound = True  # as in the steps that are logged, which need the most
     parts.module.schedule = None  # it looks at values, which tensors without data have not; all its sums are small
     small, large = (longest_batch(parts, samples) for samples in (FEW, MANY))
-    fixed, per_sample = activation_bytes(parts.module, small, large, _precision(settings))
+    fixed, per_sample = activation_bytes(parts.module, small, large, precision_of(settings))
     return Footprint(
         parameters=parameters,
-        precision=_precision(settings),
+        precision=precision_of(settings),
         moments=moments,
         averages=int(config.ema_decay > 0),
         zero=settings["zero_optimization"],
@@ -207,7 +207,7 @@ def _footprint(config: TrainConfig, parts: Parts, settings: dict, machine: engin
     )
 
 
-def _moments(optimizer: dict, module, parameters: int) -> float:
+def moments_of(optimizer: dict, module, parameters: int) -> float:
     kind = optimizer["type"]
     if kind == "Muon":  # one for matrices, two for the rest
         return MOMENTS[kind] - sum(p.numel() for p in hidden_matrices(module.parameters())) / parameters

@@ -15,19 +15,20 @@ from ds_tokimg.console import Work, given_up
 from ds_tokimg.data.loader import BatchLoader, LoadedBatch, Part
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
+from ds_tokimg.engine.allocator import peak_memory
 from ds_tokimg.engine.engine import StepResult, TrainEngine
 from ds_tokimg.engine.skipping import LOSS_SCALE
 from ds_tokimg.engine.writing import CannotWrite, Writing
 from ds_tokimg.errors import TrainingError
 from ds_tokimg.inference.loading import TOKENIZER, load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
-from ds_tokimg.inference.texts import generate, images_of, show
+from ds_tokimg.inference.texts import generate, show
 from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.command_line import GIVEN_JSON
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.files import write_text
-from ds_tokimg.training import ngram
+from ds_tokimg.training import dashboard, ngram
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
 from ds_tokimg.training.budget import Validations
@@ -35,8 +36,9 @@ from ds_tokimg.training.health import Health, check_folder, describe_skip, where
 from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
 from ds_tokimg.training.report import Report, Speedometer, timed, times_due
+from ds_tokimg.training.samples import Gallery, as_lines, as_table
 from ds_tokimg.training.signals import Interrupted, StopSignals
-from ds_tokimg.training.tracking import Tracker
+from ds_tokimg.training.tracking import Meter, Tracker
 
 
 class Run:
@@ -57,7 +59,10 @@ class Run:
         first_rank, steps = self.dist.rank == 0, (self.first_step, self.last_step)
         self.report = Report(first_rank, config.verbose, steps, self._ahead)
         self.health = Health(config, state.get("health") or {})
-        self.tracker = Tracker(config.output_dir, engine, self.first_step)
+        self.tracker = Tracker(config.output_dir, engine, self.first_step, dashboard.tags_of(parts))
+        self.tracker.describe(*dashboard.opening(config, settings, parts, self.dist))
+        self.gallery = Gallery(config, parts, engine, self.tracker)
+        self.meter = Meter(self.tracker.last_row(), self.first_step)
         # All ranks at once, as they compute.
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
         self.speed = Speedometer(self.report.watch)
@@ -123,6 +128,7 @@ class Run:
         if self.schedule is not None and not result.skipped:
             self.schedule.update(result.sums)
         self.speed.add(result, loaded.wait_seconds)
+        self.meter.add(result)
         # 2. log, keep, measure: a validation may take long, and what was trained is safe before it
         said = self._examine(result, number)
         if said or is_due & {"log", "eval"}:
@@ -208,10 +214,10 @@ class Run:
             "model_flops_per_second": pace.flops / pace.seconds,
             "peak_share": pace.flops / pace.seconds / self.peak,
             "padding_fraction": 1 - sums["valid_tokens"] / max(1.0, sums["slots"]),
+            "tokens_seen": self.meter.tokens_seen(),
+            "peak_memory_bytes": peak_memory(self.dist.device),
         }
-        if sums.get("bound_tokens"):
-            row["bits_per_token"] = sums["bound_nats"] / (math.log(2) * sums["bound_tokens"])
-        return row
+        return row | dashboard.step_bits(sums, self.parts.module)
 
     def _validate_now(self) -> bool:
         """The validation that is due, and what follows from it. False when a signal ended it: then the step is saved,
@@ -234,6 +240,7 @@ class Run:
             except CannotWrite as problem:
                 self.best, self.best_step = best_before
                 self.log(str(problem))
+            self.gallery.show(self.signals)
         return True
 
     def _keep_validation(self, step: int, improved: bool) -> None:
@@ -273,6 +280,9 @@ class Run:
             "val_bits_per_token_error": self.bound.standard_error,
             "val_bits_per_byte": self.bound.bits_per_byte,
             "val_token_accuracy": self.bound.accuracy_per_level,
+            "val_loss_by_noise": self.bound.loss_per_level,
+            "val_bits_by_noise": self.bound.bits_per_level,
+            "val_unigram_entropy": self.parts.unigram_entropy,
         }
 
     def _improved(self) -> bool:
@@ -372,7 +382,7 @@ class Run:
                     self._show_samples()
             except Interrupted:
                 self.log("no more samples: the run is complete, and saved")
-        self.tracker.close()
+        self.tracker.close(*dashboard.closing(finished))
         self.dist.barrier()
         commands = next_steps(self.config, len(self.parts.train_set), self._a_prompt())
         counted = None
@@ -391,9 +401,7 @@ class Run:
             print("\nsamples:")
             show(texts)
         step = self.engine.global_steps
-        self.tracker.images("samples", images_of(trained, texts), step)
-        lines = [f"- {text['prompt'] or ''} → {text['text']}" for text in texts]
-        self.tracker.text("samples", "\n".join(lines), step)
+        self.tracker.text("at_the_end", as_lines(texts), step, as_table(texts))
 
     def _a_prompt(self) -> str | None:
         """Of a run whose prompts are conditions: one that its model can be asked to answer."""

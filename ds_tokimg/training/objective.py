@@ -98,7 +98,7 @@ class TrainingLoss(nn.Module):
         if self.schedule is not None and not per_patch:  # the bound brings noise levels of its own
             batch = batch.replace(t=self.schedule.warp(batch.t))
         clean = self.colours(batch.ids)
-        prediction = self._predict(batch, clean)
+        prediction = self.predict(batch, clean)
         level = batch.t if batch.t.dim() == 2 else batch.t[:, None]
         target = Target(clean, batch.ids, level, self._elbo_weight(level), self.digit_table)
         if per_patch:
@@ -108,7 +108,7 @@ class TrainingLoss(nn.Module):
         seen = {} if self.schedule is None else self.schedule.seen(target.t, nats.sum(-1), batch.mask.sum(-1))
         return {"loss_sum": loss_sum} | self._progress(prediction, target, batch, nats) | seen
 
-    def _predict(self, batch: Batch, clean: Tensor) -> Prediction:
+    def predict(self, batch: Batch, clean: Tensor) -> Prediction:
         """What the model makes of the batch's noisy texts, which are `clean` without noise."""
         noisy, _ = add_noise_to_timestep(clean, batch.t, batch.noise)
         prompt = None if batch.prompt is None else (self.colours(batch.prompt.ids), batch.prompt.mask)

@@ -79,7 +79,7 @@ class Report:
             f"unigram entropy {parts.unigram_entropy:.3f} bits per token\n{engine}"
         )
         if module.told != module.model.writing:
-            self.say("bits/token of a step are those of many small steps; validations draw tokens in turn: fewer bits")
+            self.say("bits/token are told by validations, which draw tokens in turn; a training step does not")
 
     def step(self, row: dict) -> None:
         """A line of `metrics.jsonl` as one for people."""

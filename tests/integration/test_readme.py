@@ -1,6 +1,7 @@
 """The README's commands and the launch scripts, run as a newcomer would: in a copy of the project."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -8,9 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from ds_tokimg.settings.config import TrainConfig
 from tests.support.runs import ROOT, copy_project, metrics
@@ -133,22 +136,36 @@ def test_launch_train_learns_the_bundled_corpus(project, environment):
 
 
 @pytest.mark.slow
-def test_tensorboard_script_serves_the_runs(project, environment):
+def test_tensorboard_script_serves_the_runs_by_their_names(project, environment):
+    """Also one that begins later, in any folder; on this machine alone."""
+
+    def write(*run: str) -> None:
+        with SummaryWriter(project.joinpath("some runs", *run, "tensorboard")) as writer:
+            writer.add_scalar("train/loss", 1.0, 1)
+
+    write("first")
     server = subprocess.Popen(
-        ["bash", "launch/tensorboard.sh", "runs", "--port", "0"],
+        ["bash", "launch/tensorboard.sh", "some runs", "--port", "0", "--reload_interval", "1"],
         cwd=project,
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
+        address = next(
+            (found[0] for line in server.stderr if (found := re.search(r"http://localhost:\d+/", line))), None
+        )
+        assert address, "TensorBoard ended without serving"
+        write("a group", "second")
         deadline = time.monotonic() + 60
-        for line in server.stderr:
-            if "http://localhost:" in line:
-                break
-            assert time.monotonic() < deadline
-        else:
-            pytest.fail("TensorBoard ended without serving")
+        while (runs := shown_runs(address)) != ["a group__second", "first"]:
+            assert time.monotonic() < deadline, runs
+            time.sleep(0.5)
     finally:
         server.kill()
         server.wait()
+
+
+def shown_runs(address: str) -> list[str]:
+    with urllib.request.urlopen(f"{address}data/runs", timeout=30) as answer:
+        return sorted(json.loads(answer.read()))

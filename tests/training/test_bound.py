@@ -371,3 +371,16 @@ def test_bits_per_token_of_lists():
 def test_nothing_to_bound():
     with pytest.raises(ValueError, match="no validation texts"):
         bound_of(tiny_model(TokenCodec(64)), Texts([]))
+
+
+@pytest.mark.parametrize("writing", [Writing(), Writing(in_turn=True), ONE_STEP, Writing(4)], ids=str)
+def test_the_bits_of_all_noise_levels_add_up(writing):
+    """And the loss of each is that of the whole, for an untrained head that reads a token off its own noise."""
+    model = tiny_model(TokenCodec(64), trained=False, in_turn=writing.in_turn)
+    bound = bound_of(model, random_texts(64, [64] * 20), "ce", writing, num_levels=8)
+    assert sum(bound.bits_per_level.values()) == pytest.approx(bound.bits_per_token, rel=1e-9)
+    assert ("drawn" in bound.bits_per_level) == (writing.in_turn or writing.one_step)
+    assert list(bound.loss_per_level) == list(bound.accuracy_per_level)
+    losses = list(bound.loss_per_level.values())
+    assert losses == sorted(losses)  # the more noise, the less is known
+    assert losses[-1] == pytest.approx(math.log(64), rel=0.01)
