@@ -49,8 +49,9 @@ def read_pickled(path: Path, classes: Sequence[Any] = (), mmap: bool = False) ->
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else _first_line(error)
+        # What torch says besides is how to read the file without care.
+        found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        what = found[1] if found else type(error).__name__
         raise UserError(
             f"{path}: holds something else than tensors and plain values, and is not read ({what})"
         ) from None
