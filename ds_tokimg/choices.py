@@ -12,3 +12,12 @@ OBJECTIVES = ("ce", "elbo", "mse")
 SAMPLERS = ("ancestral", "euler", "heun")
 WEIGHTS = ("ema", "trained")  # averaged ones, or those of the last step
 TIMESTEPS = ("band", "uniform", "entropic", "noisy")  # where noise levels are drawn in training
+
+# Of the transformer: depth, width, heads.
+SIZES = {
+    "XS": (6, 192, 6),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "H": (32, 1280, 16),
+}

@@ -84,5 +84,8 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 def shortened(value: object) -> str:
     """A value as it is shown in a message, at most a line long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deep to be shown"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -77,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def open_texts(trained: TrainedModel, data_path, split: str = "auto", cache_dir=None) -> TokenImageDataset:
     """The texts of a path, or of several, as the model's images."""
-    from ds_tokimg.data.text_format import absolute, dataset_of
+    from ds_tokimg.data.text_format import dataset_of
 
     data_path = [data_path] if isinstance(data_path, str | Path) else list(data_path)
     text_format = trained.format
     if split == "auto":
         # Held out by their own words, so that some of a run's paths hold the same ones as all of them.
-        trained_on = set(absolute([str(path) for path in data_path])) <= set(text_format.data_path)
+        trained_on = text_format.was_trained_on([str(path) for path in data_path])
         split = "eval" if trained_on and text_format.eval_data_path is None else "all"
     return dataset_of(text_format, trained.layout, trained.tokenizer, data_path, split, cache_dir)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+from ds_tokimg import choices
 from ds_tokimg.data.batch import Canvas
 from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.records import ReadOptions
 from ds_tokimg.data.sources import weight_of
-from ds_tokimg.errors import value_problems
+from ds_tokimg.errors import shortened, value_problems
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.tokens import tokenizer as tokenizers
@@ -51,6 +53,12 @@ class TextFormat:
             eval_data_path=config.eval_data_path and absolute([config.eval_data_path])[0],
         )
 
+    def was_trained_on(self, data_paths: Sequence[str]) -> bool:
+        """Whether all of these paths are among the run's own. An export knows their names alone, and goes by them."""
+        own = set(self.data_path)
+        paths = absolute(data_paths)
+        return set(paths) <= own or set(without_places(paths)) <= own
+
     @property
     def read_options(self) -> ReadOptions:
         return ReadOptions(self.text_key, self.document, self.skip_bad_records)
@@ -82,7 +90,22 @@ class TextFormat:
         ]
         if not 0 <= self.eval_fraction < 1:
             problems.append(f"eval_fraction is {self.eval_fraction}: expected at least 0 and less than 1")
+        words = {
+            "objective": choices.OBJECTIVES,
+            "timesteps": choices.TIMESTEPS,
+            "document": (None, *choices.DOCUMENTS),
+        }
+        problems += [
+            f"{name} is {shortened(getattr(self, name))}: expected one of {', '.join(map(str, known))}"
+            for name, known in words.items()
+            if getattr(self, name) not in known
+        ]
         return problems
+
+
+def without_places(data_paths: Sequence[str]) -> list[str]:
+    """Paths as others may see them: a file's or folder's name alone; a hub name stays as it is."""
+    return [Path(path).name if os.path.isabs(path) else path for path in data_paths]
 
 
 def absolute(data_paths: Sequence[str]) -> list[str]:

@@ -22,25 +22,26 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ds_tokimg.engine import elastic
 from ds_tokimg.engine.optimizer import average_key
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import FP32
-from ds_tokimg.errors import TrainingError, UserError, value_problems
+from ds_tokimg.errors import TrainingError, UserError, shortened, value_problems
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.files import sync_folder, write_text
+from ds_tokimg.settings.manifest import MANIFEST, checksums, files_in, verify, write_manifest
+from ds_tokimg.settings.tensors import read_pickled, read_weights, write_weights
 
 if TYPE_CHECKING:
     from ds_tokimg.engine.engine import TrainEngine
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 TRAINER_STATE = formats.TRAINER_STATE
 VALIDATION = "validation.json"
 RNG = "rng.pt"
@@ -64,8 +64,17 @@ ENGINE_STATE = {
     "ema_decay": float,
 }
 VALIDATION_STATE = {"best": float | None, "best_step": int | None, "bits_per_token": float | None}
+# Of the trainer's own state, where it is there.
+TRAINER_VALUES = {
+    **dict.fromkeys(("epoch", "consumed_samples", "train_batch_size"), int),
+    "validation_due": bool,
+    "schedule": dict | None,
+    "figures": dict | None,
+    **VALIDATION_STATE,
+}
+_LONGEST_NAME = 100
+TAG = re.compile(r"step_\d{8,}")
 _UNFINISHED = ".unfinished_"  # folders being written, or replaced: never read
-_CHUNK = 16 * 2**20  # bytes read at once for a checksum
 
 
 def tag_of(step: int) -> str:
@@ -78,7 +87,7 @@ def save(
     output_dir: str | Path,
     state: dict,
     *,
-    texts: dict[str, str] | None = None,
+    write: Callable[[Path], object] | None = None,
     best: bool = False,
     keep: int = 3,
     back_at: int | None = None,
@@ -88,8 +97,8 @@ def save(
     Args:
         state: the trainer's own state, JSON values (epoch, consumed samples, best value, settings, ...). The
             optimiser step and the engine's layout are added.
-        texts: further files, by name.
             `best_step`, where it is given, is the step of the best checkpoint so far.
+        write: puts further files into the folder that it is given, on rank 0.
         best: also name it in `best`. keep: newest checkpoints to keep; those named in `latest` and `best` stay anyway.
         back_at: the step that the run has gone on from, in its first save: later checkpoints in the folder are of a
             branch that it left, and are set aside once this one is complete.
@@ -105,9 +114,10 @@ def save(
         _save_weights(engine, folder)
         generators = dist.gather(_generator_states())
         state = {"format": formats.FORMAT, **state, "step": engine.global_steps, "engine": _engine_state(engine)}
-        dist.on_first_rank(lambda: _save_state(folder, state, generators, texts or {}))
-        checksums = dist.gather(_checksums(folder, dist.rank, dist.world_size))
-        dist.on_first_rank(lambda: _finish(folder, root / tag, checksums, best))
+        dist.on_first_rank(lambda: _save_state(folder, state, generators, write))
+        # Each rank reads its share of the files.
+        entries = dist.gather(checksums(folder, files_in(folder)[dist.rank :: dist.world_size]))
+        dist.on_first_rank(lambda: _finish(folder, root / tag, entries, best))
         if back_at is not None:
             dist.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
         dist.on_first_rank(lambda: _prune(root, keep))
@@ -158,13 +168,28 @@ def load(engine: TrainEngine, checkpoint: str | Path, work_dir: str | Path | Non
     names = formats.parameter_names(saved["params"], written)
     elastic.check_same_model(engine, saved, names, checkpoint)
     renamed = any(name != old for old, name in names.items())
-    if not renamed and all(saved[key] == value for key, value in engine.layout.items()):
-        engine.load_same_layout(checkpoint)
-    else:
-        elastic.load(engine, checkpoint, saved, names, Path(work_dir or checkpoint.parent))
-    engine.resume_schedule()
-    _restore_generators(checkpoint, engine.dist.rank)
+    with _reading(checkpoint):
+        if not renamed and all(saved[key] == value for key, value in engine.layout.items()):
+            engine.load_same_layout(checkpoint)
+        else:
+            elastic.load(engine, checkpoint, saved, names, Path(work_dir or checkpoint.parent))
+        engine.resume_schedule()
+    with _reading(checkpoint / RNG):
+        _restore_generators(checkpoint, engine.dist.rank)
     return state
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within: files whose content cannot be used are a mistake in them, whatever it is that stumbles over it."""
+    try:
+        with answering():
+            yield
+    except (UserError, TrainingError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{path} does not hold what {TRAINER_STATE} says ({reason}); use another checkpoint") from error
 
 
 def read_state(checkpoint: str | Path) -> dict:
@@ -182,7 +207,9 @@ def _read_state(checkpoint: Path) -> tuple[int, dict]:
     state = written.files[TRAINER_STATE]
     own = {key: state[key] for key in ("step", "engine") if key in state}
     formats.refuse(path, value_problems(own, {"step": int, "engine": dict}))
-    formats.refuse(path, value_problems(state["engine"], ENGINE_STATE, "engine."))
+    values = {key: state[key] for key in TRAINER_VALUES if key in state}
+    kinds = {key: TRAINER_VALUES[key] for key in values}
+    formats.refuse(path, value_problems(values, kinds) + value_problems(state["engine"], ENGINE_STATE, "engine."))
     return written.format, state | _later_validation(checkpoint / VALIDATION)
 
 
@@ -190,7 +217,8 @@ def _later_validation(path: Path) -> dict:
     if not path.is_file():
         return {}
     figures = formats.read_object(path)
-    formats.refuse(path, value_problems(figures, VALIDATION_STATE))
+    kinds = VALIDATION_STATE | ({"figures": TRAINER_VALUES["figures"]} if "figures" in figures else {})
+    formats.refuse(path, value_problems(figures, kinds))
     return {**figures, "validation_due": False}
 
 
@@ -210,7 +238,7 @@ def load_weights(checkpoint: str | Path, which: str = "ema", prefix: str = "mode
     problem = verify(checkpoint, [name])
     if problem:
         raise UserError(f"{checkpoint} is damaged: {problem}; use another checkpoint of the run")
-    weights = load_file(checkpoint / name)
+    weights = read_weights(checkpoint / name)
     names = formats.parameter_names(weights, written)
     return {names[key].removeprefix(prefix): value for key, value in weights.items()}
 
@@ -227,23 +255,6 @@ def find(output_dir: str | Path, which: str = "latest", dist: Dist | None = None
     if dist is None:
         return _find(Path(output_dir), which)
     return dist.on_first_rank(lambda: _find(Path(output_dir), which))
-
-
-def verify(checkpoint: Path, names: list[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint (or with its files `names`), or None: every byte is compared."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return f"it has no readable {MANIFEST}, so it was never finished"
-    for name in files if names is None else names:
-        path = checkpoint / name
-        if name not in files or not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != files[name]["size"]:
-            return f"{name} has {path.stat().st_size} bytes, {files[name]['size']} were written"
-        if _crc32(path) != files[name]["crc32"]:
-            return f"{name} is not what was written (its checksum differs)"
-    return None
 
 
 def _engine_state(engine: TrainEngine) -> dict:
@@ -266,7 +277,7 @@ def _find(output_dir: Path, which: str) -> Path:
         problem = verify(folder) if folder.is_dir() else "there is no such folder"
         if problem:
             raise UserError(f"cannot resume from {which!r}: {problem}")
-        return folder
+        return folder if folder.name else Path(os.path.abspath(folder))  # "." has no name, and a checkpoint's is needed
     root = output_dir / FOLDER
     tags, named, newest = _tags(root)[::-1], _pointer(root, which), _pointer(root, "latest")
     if newest is not None:  # what is later may belong to a branch that the run has left: the last resort
@@ -284,8 +295,15 @@ def _find(output_dir: Path, which: str) -> Path:
 
 
 def _pointer(root: Path, which: str) -> str | None:
+    """The checkpoint's name in `latest` or `best`; None where there is no such file, or something else in it."""
     path = root / which
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    name = path.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
+    if TAG.fullmatch(name):
+        return name
+    logger.warning("%s names no checkpoint: %s", path, shortened(name))
+    return None
 
 
 @contextlib.contextmanager
@@ -306,17 +324,16 @@ def _start(folder: Path) -> None:
     folder.mkdir()
 
 
-def _save_state(folder: Path, state: dict, generators: list, texts: dict[str, str]) -> None:
+def _save_state(folder: Path, state: dict, generators: list, write: Callable[[Path], object] | None) -> None:
     torch.save(generators, folder / RNG)
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    if write is not None:
+        write(folder)
     _write_json(folder / TRAINER_STATE, state)
 
 
-def _finish(folder: Path, target: Path, checksums: list[dict], best: bool) -> None:
+def _finish(folder: Path, target: Path, entries: list[dict], best: bool) -> None:
     """Manifest, name, pointers: from here on it is a checkpoint."""
-    files = {name: entry for part in checksums for name, entry in part.items()}
-    _write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
+    write_manifest(folder, {name: entry for part in entries for name, entry in part.items()})
     _publish(folder, target)
     for pointer in ("latest", "best") if best else ("latest",):
         write_text(target.parent / pointer, target.name)
@@ -356,26 +373,7 @@ def _save_weights(engine: TrainEngine, folder: Path) -> None:
             if engine.dist.rank == 0:
                 weights[param_name] = value.detach().float().cpu().contiguous()
         if engine.dist.rank == 0:
-            save_file({**weights, **buffers}, folder / name, metadata={"format": "pt"})
-
-
-def _checksums(folder: Path, rank: int, world_size: int) -> dict[str, dict]:
-    """Size and checksum of this rank's share of the files, which are on the disk when it returns."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {}
-    for path in paths[rank::world_size]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
-    return entries
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
+            write_weights({**weights, **buffers}, folder / name)
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -420,7 +418,7 @@ def _generator_states() -> dict:
 
 def _restore_generators(checkpoint: Path, rank: int) -> None:
     """A rank that the checkpoint does not know keeps the states it has: data and noise do not depend on them."""
-    states = torch.load(checkpoint / RNG, weights_only=True)
+    states = read_pickled(checkpoint / RNG)
     if rank >= len(states):
         return
     state = states[rank]

@@ -30,6 +30,7 @@ from ds_tokimg.engine.optimizer import AveragedMuon, build_optimizer
 from ds_tokimg.engine.ranks import Dist, answering
 from ds_tokimg.engine.shards import Shards
 from ds_tokimg.errors import TrainingError
+from ds_tokimg.settings.tensors import read_pickled
 
 # How many steps in a row may be skipped for gradients that are not finite before the run ends. Dynamic loss scaling
 # skips about one step per halving of the scale at the start of an fp16 run, so it gets more patience.
@@ -90,9 +91,8 @@ def machine_capabilities():
 
 
 def read_engine_file(path: Path) -> dict:
-    """One of the engine's files, memory-mapped, without running code that it may hold (then UnpicklingError)."""
-    with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """One of the engine's files, memory-mapped, without running code that it may hold (then UserError)."""
+    return read_pickled(path, CHECKPOINT_CLASSES, mmap=True)
 
 
 @dataclass

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#                 depth, width, heads
-SIZES = {
-    "XS": (6, 192, 6),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "H": (32, 1280, 16),
-}
+from ds_tokimg.choices import SIZES
+
 PATCH_SIZES = (2, 4, 8)
+LARGEST = (
+    1 << 20
+)  # depth, width, heads: far above any model, and products of two of them are numbers that torch can count
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,14 @@ class JiTConfig:
 def check_shape(config: JiTConfig) -> None:
     """Raises ValueError for sizes that no transformer can have."""
     for name in ("depth", "width", "heads"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}: expected at least 1")
+        if not 1 <= getattr(config, name) <= LARGEST:
+            raise ValueError(f"{name} is {getattr(config, name)}: expected at least 1 and at most {LARGEST:,}")
     if config.width % (2 * config.heads):
         raise ValueError(f"width {config.width} is not a multiple of twice the {config.heads} heads")
     if not 0 <= config.noisy_depth <= config.depth:
         raise ValueError(f"noisy_depth is {config.noisy_depth}; the model has {config.depth} blocks (0: all)")
-    if config.local_window is not None and config.local_window < 0:
-        raise ValueError(f"local_window is {config.local_window}: expected 0 or more")
+    if config.local_window is not None and not 0 <= config.local_window <= LARGEST:
+        raise ValueError(f"local_window is {config.local_window}: expected 0 or more, and at most {LARGEST:,}")
 
 
 def model_names() -> list[str]:

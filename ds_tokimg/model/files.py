@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import get_type_hints
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_tokimg.diffusion.writing import Writing
 from ds_tokimg.errors import UserError, value_problems
 from ds_tokimg.model.config import JiTConfig
-from ds_tokimg.settings import formats
+from ds_tokimg.settings import formats, tensors
+from ds_tokimg.settings.manifest import MANIFEST, verify
 from ds_tokimg.tokens.codec import TokenCodec
 
 WEIGHTS = "model.safetensors"
@@ -44,24 +44,25 @@ def _check_parts(values: dict, path: Path) -> None:
     formats.refuse(path, value_problems(values, {"model": dict, "codec": dict, "writing": dict}))
 
 
+def check_export(folder: Path) -> None:
+    """UserError where a file of an export is not the one that was written. Earlier ones have no checksums."""
+    problem = verify(folder) if os.path.lexists(folder / MANIFEST) else None
+    if problem:
+        raise UserError(f"{folder} is damaged: {problem}; export the model again, or fetch another copy")
+
+
 def read_weights(path: Path, written: int) -> dict[str, Tensor]:
     """The weights of a file by today's names. `written`: the format of the files beside it.
 
     Raises UserError when there is no such file, or it is damaged.
     """
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: cannot be read (there is no such file)") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: these are no whole weights ({error})") from None
+    weights = tensors.read_weights(path)
     names = formats.parameter_names(weights, written)
     return {names[name]: value for name, value in weights.items()}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Give a model its weights. UserError that names the file where it is another model's."""
-    own = model.state_dict()
+def check_weights(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+    """UserError that names the file where weights are not those of a model whose own (without data) are given."""
     for name in {**own, **weights}:
         shapes = [tuple(values[name].shape) if name in values else "none" for values in (weights, own)]
         if shapes[0] != shapes[1]:
@@ -69,4 +70,3 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
                 f"{path}: these are the weights of another model than {formats.MODEL} says: {name} has shape "
                 f"{shapes[0]} there and {shapes[1]} here"
             )
-    model.load_state_dict(weights)

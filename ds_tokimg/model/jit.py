@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_tokimg.choices import HEADS
 from ds_tokimg.diffusion.path import alpha_sigma, readable_band, timestep_of_log_snr
 from ds_tokimg.diffusion.writing import RUN, Writing
+from ds_tokimg.errors import UserError
 from ds_tokimg.model.config import JiTConfig, check_shape, config_of_name
 from ds_tokimg.model.context import (
     CLEAN,
@@ -38,7 +39,7 @@ from ds_tokimg.model.context import (
     last_valid,
     visible_mask,
 )
-from ds_tokimg.model.files import WEIGHTS, codec_of, load_weights, read_weights, shape_of, writing_of
+from ds_tokimg.model.files import WEIGHTS, check_export, check_weights, codec_of, read_weights, shape_of, writing_of
 from ds_tokimg.model.heads.base import CandidateTokens, Prediction
 from ds_tokimg.model.heads.build import build_head
 from ds_tokimg.model.images import ImagePatches, mask_slots, take, valid_first
@@ -53,6 +54,7 @@ from ds_tokimg.model.layers import (
     rope_frequencies,
 )
 from ds_tokimg.settings import formats
+from ds_tokimg.settings.tensors import write_weights
 from ds_tokimg.tokens.codec import TokenCodec, check_geometry
 from ds_tokimg.tokens.layout import PatchLayout
 
@@ -131,12 +133,10 @@ class JiT(ImagePatches, nn.Module):
 
     def save_pretrained(self, directory) -> None:
         """Writes model.json (see `description`) and model.safetensors (float32 weights)."""
-        from safetensors.torch import save_file
-
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().float().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, directory / WEIGHTS)
+        write_weights(weights, directory / WEIGHTS)
         (directory / formats.MODEL).write_text(self.description() + "\n", encoding="utf-8")
 
     def description(self) -> str:
@@ -145,13 +145,29 @@ class JiT(ImagePatches, nn.Module):
         return json.dumps({"format": formats.FORMAT, **parts})
 
     @classmethod
-    def from_description(cls, values: dict, path) -> JiT:
-        """A model of this description with random weights. `values`: of the file `path`, a model.json, in today's
-        format. Raises UserError when they describe no model."""
+    def from_files(cls, values: dict, path: Path, weights: dict[str, Tensor], weights_path: Path) -> JiT:
+        """A model of a description with these weights, which say how large it can be.
+
+        Args:
+            values: of the file `path`, a model.json, in today's format.
+
+        Raises UserError when they describe no model, or the weights are another's.
+        """
         codec, config = codec_of(values, path), shape_of(values, path)
+        if config.depth > len(weights):
+            raise UserError(f"{path}: depth is {config.depth}, and {weights_path} has only {len(weights)} parameters")
         with formats.blaming(path):
+            try:
+                with torch.device("meta"):  # no memory for sizes that the file may only claim
+                    shape = cls(codec, config).state_dict()
+            except (RuntimeError, OverflowError, TypeError) as error:
+                raise UserError(f"{path}: no model can have these sizes ({str(error).splitlines()[0]})") from None
+            check_weights(shape, weights, weights_path)
             model = cls(codec, config)
             model.writing = writing_of(values, path)
+            if model.writing.in_turn and not model.config.in_turn:
+                raise ValueError("writing.in_turn is true, and the model has not learnt to draw tokens in turn")
+        model.load_state_dict(weights)
         return model
 
     @classmethod
@@ -166,8 +182,10 @@ class JiT(ImagePatches, nn.Module):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory} is no export of a model: there is no {name} in it")
         written = formats.read_together(formats.files_of(directory, formats.MODEL, may_have=[formats.TEXT]))
-        model = cls.from_description(written.files[formats.MODEL], directory / formats.MODEL)
-        load_weights(model, read_weights(directory / WEIGHTS, written.format), directory / WEIGHTS)
+        weights = read_weights(directory / WEIGHTS, written.format)
+        values = written.files[formats.MODEL]
+        model = cls.from_files(values, directory / formats.MODEL, weights, directory / WEIGHTS)
+        check_export(directory)
         return model.eval()
 
     @property

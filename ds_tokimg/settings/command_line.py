@@ -13,8 +13,12 @@ from pathlib import Path
 
 from ds_tokimg import recipes
 from ds_tokimg.errors import UserError, alternatives, nearest, raise_problems
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import SECTIONS, TrainConfig
+from ds_tokimg.settings.files import runs_around
+from ds_tokimg.settings.manifest import MANIFEST
 from ds_tokimg.settings.setting import FIXED, LAUNCH, TEXTS, type_problem, value_problem
+from ds_tokimg.settings.start import Start, start_of
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
@@ -27,6 +31,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """An empty value, which an unset variable of a shell leaves behind, is a mistake before it means anything."""
+        flag = ""
+        for word in args or []:
+            name, _, value = word.partition("=")
+            flag = name if word.startswith("--") else flag
+            if not word or (word.startswith("--") and "=" in word and not value):
+                self.error(f"{f'argument {flag}: ' if flag else 'an argument '}is empty: give a value, or leave it out")
+        return super().parse_known_args(args, namespace)
 
 
 def path(text: str) -> str:
@@ -47,7 +61,7 @@ def build_parser(command: str, description: str, argv: Sequence[str] = ()) -> Pa
     prog = f"ds-tokimg {command}"
     parser = Parser(prog=prog, usage=f"{prog} --data_path PATH [flags]", description=description, allow_abbrev=False)
     parser.add_argument("--help-all", action="help", help="show all flags, those that a recipe fixes too")
-    shown = DEFAULTS | recipe_values(_recipe_in(argv)) | {"recipe": recipes.DEFAULT}
+    shown = DEFAULTS | recipe_values(_recipe_in(argv, prog)) | {"recipe": recipes.DEFAULT}
     for section, settings in SECTIONS.items():
         group = parser.add_argument_group(TITLES.get(section, section))
         for field in dataclasses.fields(settings):
@@ -67,7 +81,8 @@ def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namesp
     arguments, unknown = parser.parse_known_args(argv)
     given = {name: vars(arguments).pop(name) for name in FIELDS if name in arguments}
     saved = saved_settings(given)
-    config = TrainConfig(**(DEFAULTS | (_kept(saved) or _of_recipe(given)) | given))
+    start = start_of(given["init_from"]) if "init_from" in given and "resume" not in given else None
+    config = TrainConfig(**(DEFAULTS | (_kept(saved) or _of_recipe(given, start)) | given))
     known = [option for action in parser._actions for option in action.option_strings]
     flags = [word for word in unknown if word.startswith("-")] or unknown
     problems = [f"unknown argument {flag!r}{nearest(flag.split('=')[0], known)}" for flag in flags]
@@ -81,17 +96,22 @@ def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namesp
     return config, arguments
 
 
-def _recipe_in(argv: Sequence[str]) -> str:
+def _recipe_in(argv: Sequence[str], prog: str) -> str:
     """The recipe that a command line names; its other flags are not looked at."""
-    peek = Parser(add_help=False, allow_abbrev=False)
+    peek = Parser(prog=prog, add_help=False, allow_abbrev=False)
     peek.add_argument("--recipe", type=path, default=recipes.DEFAULT)
     return peek.parse_known_args(argv)[0].recipe
 
 
-def _of_recipe(given: dict) -> dict:
-    """What a new run has where no flag says otherwise. Images may be too small for as many tokens as a recipe has."""
-    recipe = given.get("recipe", recipes.DEFAULT)
+def _of_recipe(given: dict, start: Start | None = None) -> dict:
+    """What a new run has where no flag says otherwise. Images may be too small for as many tokens as a recipe has.
+
+    start: of the model that the run starts from: shape and, unless a recipe is given, method are its own.
+    """
+    recipe = given.get("recipe", start.recipe if start else recipes.DEFAULT)
     values = recipe_values(recipe) | {"recipe": recipe}
+    if start is not None:
+        values |= (start.method if "recipe" not in given else {}) | start.shape
     config = TrainConfig(**(DEFAULTS | values | given))
     if config.max_tokens is not None and config.img_size > 0 and config.token_size > 0 and config.capacity:
         values["max_tokens"] = min(config.max_tokens, config.capacity)
@@ -135,8 +155,8 @@ def _recipe_problem(section: str, key: str, value) -> str | None:
 def run_folder(resume: str, output_dir: str) -> Path | None:
     """The folder of the run that --resume names; None where there is none (finding the checkpoint says so)."""
     folder = Path(output_dir) if resume in ("latest", "best", "auto") else Path(resume)
-    found = (place for place in (folder, folder.parent.parent) if (place / "config.json").is_file())
-    return next(found, None)
+    own = [] if (folder / MANIFEST).exists() else [folder]  # a checkpoint holds settings too
+    return next((place for place in (*own, *runs_around(folder)) if (place / formats.CONFIG).is_file()), None)
 
 
 def has_checkpoint(folder: str | Path) -> bool:
@@ -150,11 +170,20 @@ def saved_settings(given: dict) -> dict:
     if resume is None or (resume == "auto" and not has_checkpoint(output_dir)):
         return {}
     folder = run_folder(resume, output_dir)
-    if folder is None:
+    place = folder or Path(resume)
+    if not (place / formats.CONFIG).is_file():
         return {}
-    saved = dataclasses.asdict(TrainConfig.load(folder / "config.json"))
-    own_json = folder / GIVEN_JSON
-    return saved | {"folder": str(folder)} | ({"deepspeed_config": str(own_json)} if own_json.is_file() else {})
+    if folder is None and "output_dir" not in given:
+        raise UserError(
+            f"--resume {resume} is a checkpoint outside of its run: name a folder to go on in, --output_dir"
+        )
+    saved = dataclasses.asdict(TrainConfig.load(place / formats.CONFIG))
+    own_json = place / GIVEN_JSON
+    return (
+        saved
+        | {"folder": str(folder or output_dir)}
+        | ({"deepspeed_config": str(own_json)} if own_json.is_file() else {})
+    )
 
 
 def _kept(saved: dict) -> dict:

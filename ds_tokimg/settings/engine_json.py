@@ -72,7 +72,7 @@ def read(path: str | Path) -> dict:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"--deepspeed_config {path}: not valid JSON at {where}: {error.msg}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed_config {path}: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"--deepspeed_config {path}: expected an object {{...}}, found {type(raw).__name__}")

@@ -46,3 +46,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def runs_around(checkpoint: Path) -> list[Path]:
+    """The folders of runs that a checkpoint may lie in, however it is named: `.`, its bare name, a link."""
+    named = [Path(os.path.abspath(checkpoint)), Path(os.path.realpath(checkpoint))]
+    return [path.parent.parent for path in named if path.parent.name == "checkpoints"]

@@ -179,6 +179,8 @@ def _to_format_1(files: Files, paths: Mapping[str, str | Path]) -> None:
         _settings_to_format_1(_settings(values, kind), kind, paths[kind])
     if TRAINER_STATE in files:
         files[TRAINER_STATE].setdefault("schedule", None)
+    if files.get(TEXT, {}).get("timesteps") == "logit_normal":  # no run has it any more; texts are written alike
+        files[TEXT]["timesteps"] = "band"
     if MODEL in files:
         files[MODEL]["writing"] = asdict(_writing_in_0(files, paths[MODEL]))
 

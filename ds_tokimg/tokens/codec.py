@@ -22,6 +22,9 @@ from torch import Tensor
 from ds_tokimg.choices import LAYOUTS
 from ds_tokimg.errors import value_problems
 
+LARGEST_IMAGE = 4096  # pixels a side: 16 million tokens
+LARGEST_TABLE = 1 << 30  # digits of all ids together
+
 
 @lru_cache(maxsize=32)
 def pixel_order(img_size: int, token_size: int, layout: str, patch_size: int) -> Tensor:
@@ -59,6 +62,8 @@ def check_geometry(img_size: int, token_size: int, layout: str, patch_size: int)
         raise ValueError(f"unknown layout {layout!r}; available: {', '.join(LAYOUTS)}")
     if min(img_size, token_size, patch_size) < 1:
         raise ValueError("img_size, token_size and patch_size must be at least 1")
+    if img_size > LARGEST_IMAGE:
+        raise ValueError(f"img_size is {img_size}: at most {LARGEST_IMAGE}")
     if patch_size % token_size:
         raise ValueError(f"patch_size {patch_size} is not a multiple of token_size {token_size}")
     if img_size % patch_size:
@@ -86,6 +91,8 @@ class TokenCodec:
         if token_size < 1:
             raise ValueError(f"token_size must be at least 1, not {token_size}")
         digits = 3 * token_size**2
+        if vocab_size * digits > LARGEST_TABLE:
+            raise ValueError(f"{vocab_size} ids of {digits} digits each are more than a codec can hold in memory")
         if radix is None:
             radix = _smallest_radix(vocab_size, digits)
         if not 2 <= radix <= 256:

@@ -88,6 +88,29 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     return ensure_special_tokens(tokenizer)
 
 
+def tokenizer_in(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder that belongs to a model: never one of the hub that has the folder's name.
+
+    Raises UserError when there is none, or it cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, and the model cannot be used without its tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder.absolute()), trust_remote_code=False, local_files_only=True
+        )
+        tokenizer = ensure_special_tokens(tokenizer)
+        fingerprint(tokenizer)
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{folder}: this tokenizer cannot be read ({reason})") from None
+    return tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
     """Trains a byte-level BPE: id 0 is `<|endoftext|>` (EOS and padding), then the 256 bytes, then merges.
 

@@ -18,13 +18,14 @@ from ds_tokimg.data.order import steps_per_epoch
 from ds_tokimg.data.records import ReadOptions
 from ds_tokimg.data.sources import find_all
 from ds_tokimg.data.text_format import TextFormat, dataset_of
-from ds_tokimg.errors import UserError
-from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.errors import UserError, raise_problems
+from ds_tokimg.inference.loading import TrainedModel, load_trained, tokenizer_folder
 from ds_tokimg.model.config import JiTConfig, config_of_name
 from ds_tokimg.model.files import codec_of
 from ds_tokimg.model.jit import JiT
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.start import start_of
 from ds_tokimg.tokens import tokenizer as tokenizers
 from ds_tokimg.tokens.codec import TokenCodec
 from ds_tokimg.tokens.layout import PatchLayout
@@ -60,12 +61,15 @@ class Parts:
         return float(-(share * np.log2(share)).sum())
 
 
-def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
-    """Loads and checks all parts. `resumed`: the checkpoint folder that the run goes on from.
+def assemble(config: TrainConfig, dist, resumed: Path | None, start: TrainedModel | None = None) -> Parts:
+    """Loads and checks all parts.
+
+    Args:
+        resumed: the checkpoint folder that the run goes on from.
+        start: the model that a new run starts from, see `load_start`.
 
     Raises UserError for what the user has to change.
     """
-    start = load_trained(config.init_from) if config.init_from else None
     tokenizer = dist.on_first_rank(lambda: choose_tokenizer(config, resumed, start))
     text_format = TextFormat.of_run(config, tokenizer, canvas=0)
     layout = PatchLayout(_codec(config, tokenizer, start), config.img_size, config.patch_size, config.layout)
@@ -84,13 +88,31 @@ def assemble(config: TrainConfig, dist, resumed: Path | None) -> Parts:
     return Parts(tokenizer, text_format, layout, train_set, eval_set, module, maker)
 
 
+def load_start(config: TrainConfig) -> TrainedModel | None:
+    """The model of --init_from. One UserError names every setting, and the tokenizer, that it decides otherwise."""
+    if config.init_from is None:
+        return None
+    start, taken = load_trained(config.init_from), start_of(config.init_from)
+    problems = [
+        f"--{name} is {getattr(config, name)!r}, the model has {value!r}"
+        for name, value in (taken.shape if taken else {}).items()
+        if getattr(config, name) != value
+    ]
+    if config.tokenizer_path:
+        given = tokenizers.load_tokenizer(config.tokenizer_path)
+        if tokenizers.fingerprint(given) != tokenizers.fingerprint(start.tokenizer):
+            problems.append(f"--tokenizer_path {config.tokenizer_path} is not the model's tokenizer")
+    raise_problems(f"--init_from {config.init_from} decides these: leave the flags out, or start a new model", problems)
+    return start
+
+
 def choose_tokenizer(config: TrainConfig, resumed: Path | None, start):
     """The run's own when it goes on, the given one, that of --init_from, or one trained on the corpus."""
     given = tokenizers.load_tokenizer(config.tokenizer_path) if config.tokenizer_path else None
     own, source = None, None
     if resumed is not None:
-        source = resumed.parent.parent / "tokenizer"
-        own = tokenizers.load_tokenizer(source)
+        source = tokenizer_folder(resumed)
+        own = tokenizers.tokenizer_in(source)
     elif start is not None:
         own, source = start.tokenizer, config.init_from
     if own is None:
@@ -110,13 +132,7 @@ def _texts_of(config: TrainConfig):
 
 def _codec(config: TrainConfig, tokenizer, start) -> TokenCodec:
     if start is not None:
-        codec = start.layout.codec
-        if (codec.token_size, config.radix or codec.radix) != (config.token_size, codec.radix):
-            raise UserError(
-                f"--init_from {config.init_from} writes tokens with token_size {codec.token_size} and radix "
-                f"{codec.radix}; the flags say {config.token_size} and {config.radix}: use the same"
-            )
-        return codec
+        return start.layout.codec
     try:
         return TokenCodec(tokenizers.vocab_size(tokenizer), config.token_size, config.radix)
     except ValueError as error:
@@ -210,4 +226,5 @@ def _load_initial(model: JiT, start, source: str) -> None:
             f"--init_from {source} holds another model ({wrong[0] if wrong else 'more weights'} differs): "
             "use the same --model, --head, --posterior, --noisy_depth and --local_window"
         )
-    model.load_state_dict(theirs)
+    if not next(model.parameters()).is_meta:  # else only its size is asked for
+        model.load_state_dict(theirs)

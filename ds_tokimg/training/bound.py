@@ -63,6 +63,17 @@ class Bound:
     def bits_per_byte(self) -> float:
         return float(self.nats.sum() / (math.log(2) * self.num_bytes))
 
+    def figures(self) -> dict[str, float | None]:
+        """What a checkpoint keeps of it, as JSON values."""
+        error = self.standard_error
+        return {
+            "bits_per_token": self.bits_per_token,
+            "standard_error": error if math.isfinite(error) else None,
+            "bits_per_byte": self.bits_per_byte,
+            "texts": len(self.tokens),
+            "tokens": int(self.tokens.sum()),
+        }
+
     @property
     def standard_error(self) -> float:
         """Standard error of bits_per_token over the texts (a ratio estimator); nan for a single text."""

@@ -15,7 +15,7 @@ from ds_tokimg.settings import engine_json
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.engine_schema import PRECISIONS
 from ds_tokimg.training import automatic
-from ds_tokimg.training.assemble import Parts, assemble
+from ds_tokimg.training.assemble import Parts, assemble, load_start
 from ds_tokimg.training.memory import (
     MOMENTS,
     STAGES,
@@ -54,8 +54,9 @@ def prepare(config: TrainConfig, raw: dict, machine: engine_json.Machine) -> Pre
     # Compiling takes time. Noise levels that follow the loss need numbers, and there are none.
     timesteps = "band" if config.timesteps == "entropic" else config.timesteps
     config = dataclasses.replace(config, compile=False, timesteps=timesteps)
+    start = load_start(config)
     with empty_weights():
-        parts = assemble(config, OnlyRank(), None)
+        parts = assemble(config, OnlyRank(), None, start)
     config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
@@ -70,7 +71,7 @@ def make_plan(config: TrainConfig, raw: dict, machine: engine_json.Machine, budg
     Raises UserError for everything that would keep the run from starting.
     """
     # Which colours the tokens get changes no size, and learning them takes time.
-    run = prepare(dataclasses.replace(config, palette="id"), raw, machine)
+    run = prepare(config if config.init_from else dataclasses.replace(config, palette="id"), raw, machine)
     config, parts, settings = run.config, run.parts, run.settings
     notes = run.notes + automatic.short_schedule(config.epochs * parts.steps_per_epoch(config.train_batch_size), config)
     footprint = _footprint(config, parts, settings, machine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from ds_tokimg.data.loader import BatchLoader, Part
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.engine.engine import StepResult, TrainEngine
-from ds_tokimg.inference.loading import load_trained
+from ds_tokimg.inference.loading import TOKENIZER, load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
 from ds_tokimg.inference.texts import generate, images_of, show
 from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.settings import formats
+from ds_tokimg.settings.command_line import GIVEN_JSON
 from ds_tokimg.settings.config import TrainConfig
+from ds_tokimg.settings.files import write_text
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
 from ds_tokimg.training.next_steps import next_steps
@@ -46,6 +49,7 @@ class Run:
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
         self.speed = Speedometer()
         self.bound: Bound | None = None
+        self.figures = state.get("figures")  # of the last validation, for the model card of an export
         self.saved_step = self.first_step
         self.epoch = state.get("epoch", 0)
         self.validation_due = state.get("validation_due", False)  # at the step of the checkpoint
@@ -181,6 +185,7 @@ class Run:
                 )
         finally:
             engine.train()
+        self.figures = {"step": self.engine.global_steps, **self.bound.figures()}
         return {
             "val_loss": self.bound.loss,
             "val_bits_per_token": self.bound.bits_per_token,
@@ -200,6 +205,7 @@ class Run:
             "best": self.best if math.isfinite(self.best) else None,
             "best_step": self.best_step,
             "bits_per_token": self.bound.bits_per_token if self.bound else None,
+            "figures": self.figures,
         }
 
     def save(self, improved: bool = False) -> None:
@@ -212,20 +218,24 @@ class Run:
             "validation_due": self.validation_due,
             "schedule": self.schedule.state() if self.schedule else None,
         }
-        texts = {
-            formats.MODEL: self.parts.module.model.description(),
-            formats.TEXT: self.parts.text_format.description(),
-        }
         first = self.saved_step == self.first_step
         folder = checkpoints.save(
             *(self.engine, self.config.output_dir, state),
-            texts=texts,
+            write=self._write_parts,
             best=improved,
             keep=self.config.keep_checkpoints,
             back_at=self.first_step if first else None,
         )
         self.saved_step = self.engine.global_steps
         self.log(f"saved {folder}" + (" (best)" if improved else ""))
+
+    def _write_parts(self, folder: Path) -> None:
+        """Into a checkpoint: all that is needed to use it, or to go on from it, elsewhere than in its run."""
+        write_text(folder / formats.MODEL, self.parts.module.model.description())
+        write_text(folder / formats.TEXT, self.parts.text_format.description())
+        self.parts.tokenizer.save_pretrained(folder / TOKENIZER)
+        self.config.save(folder / formats.CONFIG)
+        shutil.copyfile(Path(self.config.output_dir) / GIVEN_JSON, folder / GIVEN_JSON)
 
     # ---- words ----
 

@@ -30,14 +30,14 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     from ds_tokimg.engine import checkpoint as checkpoints
     from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
     from ds_tokimg.training import automatic
-    from ds_tokimg.training.assemble import assemble
+    from ds_tokimg.training.assemble import assemble, load_start
     from ds_tokimg.training.loop import Run
 
     resumed = find_resumed(config, dist)
     state = checkpoints.read_state(resumed) if resumed else {}
     train_batch_size = state.get("train_batch_size")
     dist.on_first_rank(lambda: check_output(config, resumed))
-    parts = assemble(config, dist, resumed)
+    parts = assemble(config, dist, resumed, load_start(config))
     config, decided = automatic.decide(config, raw, len(parts.train_set), dist.world_size, train_batch_size)
     settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
@@ -49,7 +49,8 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     check_shared(config, dist)
     engine = TrainEngine(parts.module, settings, config.ema_decay, dist)
     if resumed:
-        state = checkpoints.load(engine, resumed)
+        # A conversion writes to this run's folder: the checkpoint may lie where nobody can.
+        state = checkpoints.load(engine, resumed, Path(config.output_dir) / checkpoints.FOLDER)
     run = Run(config, settings, parts, engine, state)
     run.introduce(decided, notes, resumed)
     with run.signals:

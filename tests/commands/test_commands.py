@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_tokimg.__main__ import COMMANDS, main
+from tests.support.damage import seal_again
 from tests.support.runs import small_flags, train_in_ranks, write_corpus
 
 SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
@@ -162,7 +163,10 @@ def test_a_replaced_tokenizer_is_noticed(run, tmp_path, capsys):
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    train_tokenizer(["other words entirely"] * 10, 280).save_pretrained(copy / "tokenizer")
+    checkpoint = next((copy / "checkpoints").glob("step_*"))
+    train_tokenizer(["other words entirely"] * 10, 280).save_pretrained(checkpoint / "tokenizer")
+    assert "tokenizer.json has" in refused(capsys, "generate", "--checkpoint", checkpoint)
+    seal_again(checkpoint)
     assert "is not the tokenizer" in refused(capsys, "generate", "--checkpoint", copy)
 
 

@@ -121,8 +121,17 @@ def test_several_data_paths(monkeypatch, tmp_path):
     assert TrainConfig(data_path="x").data_path == ["x"]
     with pytest.raises(UserError, match="--data_path: is empty"):
         train_config(["--data_path", "a", ""])
-    (problem,) = problems_of("--data_path", "x", "--text_key", "")
-    assert problem == "  - --text_key is empty: name the key or column that holds the text, or leave it out"
+
+
+@pytest.mark.parametrize(
+    "words", [["--text_key", ""], ["--text_key="], ["--seed", ""], ["--resume", ""], ["--recipe", ""]]
+)
+def test_an_empty_value_is_a_mistake(words):
+    """What an unset variable of a shell leaves behind never means something of its own."""
+    with pytest.raises(UserError, match=f"argument {words[0].rstrip('=')}: is empty: give a value, or leave it out"):
+        train_config(["--data_path", "x", *words])
+    with pytest.raises(UserError, match="--text_key is empty"):
+        TrainConfig(data_path="x", text_key="").validate()
 
 
 # ---- recipes ----
