@@ -159,6 +159,7 @@ def test_training_texts_are_said_aloud(home, place, capsys):
     assert figures["split"] == "all" and "whether they were in training is not known" in line
 
 
+@pytest.mark.slow
 def test_a_tuned_model_knows_the_texts_of_the_weights_that_it_began_with(home, place, capsys):
     new = place / "new.txt"
     new.write_text("".join(f"a boat on the river {i}\n" for i in range(40)))
@@ -173,6 +174,7 @@ def test_a_tuned_model_knows_the_texts_of_the_weights_that_it_began_with(home, p
     assert figures["texts_in_training"] is None and "is not known" in line
 
 
+@pytest.mark.slow
 def test_validation_texts_that_are_trained_on_are_counted(home, tmp_path):
     overlap = tmp_path / "validation.txt"
     overlap.write_text("".join((home / "corpus.txt").read_text().splitlines(keepends=True)[:7]) + "a boat\na horse\n")
@@ -189,6 +191,7 @@ def _different_folders(dist, flags: list[str], folders: list[str]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_all_ranks_read_the_same_texts(home, tmp_path):
     """A host whose copy of the data is another: nobody would notice, but for the figures."""
     folders = [str(home), str(tmp_path)]
