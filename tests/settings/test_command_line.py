@@ -40,7 +40,7 @@ def test_every_setting_is_a_flag_and_what_recipes_fix_is_not_in_the_short_help()
     for field in FIELDS:
         assert has_flag(full, field.name)
         assert has_flag(brief, field.name) != field.metadata["of_recipe"]
-    assert sum(has_flag(brief, field.name) for field in FIELDS) <= 39
+    assert sum(has_flag(brief, field.name) for field in FIELDS) <= 41
 
 
 def test_the_help_shows_the_recipe_that_is_named():
