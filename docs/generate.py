@@ -118,7 +118,7 @@ def _setting(field: dataclasses.Field, stated: dict[str, dict]) -> list[str]:
     kinds = ["path or name"] if data["is_path"] else [TYPES[kind] for kind in alternatives(field.type) if kind in TYPES]
     values = ", ".join(f"`{choice}`" for choice in data["choices"]) or (data["range"] and data["range"].text)
     in_recipe = any(field.name in values for values in stated.values())
-    star = "\\*" if data["of_recipe"] else ""
+    star = "\\*" if data["of_recipe"] or data["rare"] else ""
     default = "the recipe's" if in_recipe else "" if field.default in (None, "") else f"`{shown(field.default)}`"
     return [f"`--{field.name}`{star}", data["help"], values or " or ".join(kinds), default, data["resume"]]
 

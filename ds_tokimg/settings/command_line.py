@@ -57,19 +57,25 @@ def train_config(argv: list[str]) -> TrainConfig:
 
 def build_parser(command: str, description: str, argv: Sequence[str] = ()) -> Parser:
     """A parser of every setting, to which a command may add flags of its own. The help shows the values of the recipe
-    that `argv` names; flags that a recipe fixes are shown by --help-all alone."""
+    that `argv` names; flags that a recipe fixes, or that few need, are shown by --help-all alone."""
     prog = f"ds-tokimg {command}"
     parser = Parser(prog=prog, usage=f"{prog} --data_path PATH [flags]", description=description, allow_abbrev=False)
-    parser.add_argument("--help-all", action="help", help="show all flags, those that a recipe fixes too")
+    parser.add_argument(
+        "--help-all", action="help", help="show all flags, also those that a recipe fixes and that few need"
+    )
     shown = DEFAULTS | recipe_values(_recipe_in(argv, prog)) | {"recipe": recipes.DEFAULT}
     for section, settings in SECTIONS.items():
         group = parser.add_argument_group(TITLES.get(section, section))
         for field in dataclasses.fields(settings):
             add_flag = _add_switch if bool in alternatives(field.type) else _add_value
-            add_flag(group, field, shown[field.name], hidden=field.metadata["of_recipe"] and "--help-all" not in argv)
+            add_flag(group, field, shown[field.name], hidden=_is_hidden(field) and "--help-all" not in argv)
     # The deepspeed launcher passes it; the rank itself comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
+
+
+def _is_hidden(field: dataclasses.Field) -> bool:
+    return field.metadata["of_recipe"] or field.metadata["rare"]
 
 
 def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:

@@ -71,13 +71,13 @@ class DataSettings:
         "vocabulary of the tokenizer that is trained, without --tokenizer_path",
         Range(f"at least {SMALLEST_VOCABULARY}", lambda value: value >= SMALLEST_VOCABULARY),
     )
-    cache_dir: str | None = _path(None, "where tokenised data is cached")
+    cache_dir: str | None = _path(None, "where tokenised data is cached", rare=True)
     packing: bool = _fixed(True, "fill every image with documents joined by the end-of-text token")
     use_chat_template: bool = _fixed(False, "format prompt/answer pairs with the tokenizer's chat template")
     enable_condition: bool = _fixed(False, "give prompts to the model as a condition, an image of their own")
     condition_drop: float = _method(0.1, "probability of hiding a condition, for classifier-free guidance", SHARE)
     max_tokens: int | None = _fixed(None, "tokens per image, at most (not given: the image's capacity)", COUNT)
-    num_workers: int = setting(2, "background workers that tokenise and load data", WHOLE)
+    num_workers: int = setting(2, "background workers that tokenise and load data", WHOLE, rare=True)
 
 
 @dataclasses.dataclass
@@ -85,7 +85,7 @@ class ImageSettings:
     """How tokens become pixels."""
 
     img_size: int = _fixed(64, "height and width of an image in pixels", COUNT)
-    token_size: int = _fixed(1, "a token is a square of token_size x token_size pixels", COUNT)
+    token_size: int = _fixed(1, "a token is a square of token_size x token_size pixels", COUNT, rare=True)
     radix: int | None = _method(
         None,
         "levels per channel (not given: the fewest that hold the vocabulary)",
@@ -162,6 +162,7 @@ class RunSettings:
         False,
         "with --resume: go on although the texts are not those of the run; then their order, the held-out ones and the "
         "best validation begin anew",
+        rare=True,
     )
     init_from: str | None = _launch(None, "start a new run from the weights of this checkpoint or export", is_path=True)
     save_interval: int = setting(500, "optimiser steps between checkpoints", COUNT)
@@ -170,6 +171,7 @@ class RunSettings:
         None,
         "held-out tokens that a validation reads, the same texts each time; 0: all (not given: as many as cost little)",
         WHOLE,
+        rare=True,
     )
     log_interval: int = setting(10, "optimiser steps between log lines", COUNT)
     keep_checkpoints: int = setting(3, "newest checkpoints to keep (the best one stays too)", COUNT)
@@ -177,17 +179,19 @@ class RunSettings:
         0.0,
         "skip a step whose loss or gradient norm is more than this many times its recent median; 0: none",
         Range("0 or a factor above 1", lambda value: value == 0 or 1 < value < math.inf),
+        rare=True,
     )
     go_back_after: int = setting(
         0,
         "skipped steps in a row after which the run goes back to its last good checkpoint and goes on with other data; "
         "0: it ends after 5",
         WHOLE,
+        rare=True,
     )
     num_samples: int = setting(4, "texts to write at every validation, with pictures, and at the end; 0: none", WHOLE)
     seed: int = _fixed(0, "seed of the weights, data order, noise and samples", WHOLE)
     warmup_ratio: float = setting(0.05, "share of all optimiser steps spent on warm-up", PROPER_SHARE, of_recipe=True)
-    profile: int = _launch(0, "optimiser steps to profile", WHOLE)
+    profile: int = _launch(0, "optimiser steps to profile", WHOLE, rare=True)
     verbose: bool = _launch(False, "show every figure of a step, in longer lines")
     deepspeed_config: str = _path("ds_config.json", "the engine's JSON, here or else as shipped")
 

@@ -44,11 +44,11 @@ def setting(
     """A dataclass field that is also a flag and a key of recipes.
 
     more: `const`, its value when the flag stands alone; `is_path`, a path or a name: `~` is expanded, and it is not
-    empty; `of_recipe`, what a recipe fixes: --help-all lists the flag, --help does not; `in_recipe=False` for what
-    belongs on the command line alone; `metavar`, what the help calls the value.
+    empty; `of_recipe`, what a recipe fixes, and `rare`, what few need: --help-all lists the flag, --help does not;
+    `in_recipe=False` for what belongs on the command line alone; `metavar`, what the help calls the value.
     """
     metadata = {"help": help, "range": range, "choices": choices, "resume": resume, "const": None, "is_path": False}
-    metadata |= {"of_recipe": False, "in_recipe": True, "metavar": None} | more
+    metadata |= {"of_recipe": False, "rare": False, "in_recipe": True, "metavar": None} | more
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -56,7 +56,7 @@ def test_the_budget_is_a_share_of_the_training():
     on_the_way = validations.tokens(1000) * price
     assert on_the_way == pytest.approx(budget.ON_THE_WAY * 1000 * 10 * 100, rel=0.01)
     assert validations.levels == budget.LEVELS and not validations.reads_all(10_000)  # too many to read them all
-    few = decided(config, parts_of(100_000, [100] * 3900))
+    few = decided(config, parts_of(100_000, [100] * 3300))
     assert few.reads_all(10_000) and not few.reads_all(9_000)
     assert few.tokens(10_000) * price <= budget.AT_END * 10_000 * 10 * 100
     assert few.tokens(10_000) * price + 9 * few.tokens(1000) * price < 0.06 * 10_000 * 10 * 100
