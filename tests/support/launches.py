@@ -79,7 +79,7 @@ def processes_of(run: str, ranks: bool = False) -> list[int]:
     return sorted(found)
 
 
-def outcome(case: Case, project: Path, seconds: float = 60.0) -> Outcome:
+def outcome(case: Case, project: Path, seconds: float = 150.0) -> Outcome:
     """Starts a run, sends the signal after three steps, and looks again when all has ended, or after some seconds."""
     run, log = str(case), project / f"{case}.log"
     words = COMMANDS[case.launcher].format(port=free_port()).split()
