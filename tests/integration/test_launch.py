@@ -69,7 +69,7 @@ def assert_saved(run: Path, printed: str) -> None:
     assert (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
 
 
-# benchmarks/faults.py runs all of them.
+# Cells that differ: who is signalled decides who is left to end the ranks.
 CASES = [
     Case("train.sh", signal.SIGTERM, "launcher"),
     Case("train.sh", signal.SIGKILL, "launcher"),
