@@ -53,7 +53,7 @@ def stopped(command: str, run: str, project: Path, environment: dict) -> str:
     try:
         wait_for_steps(project / run, script, log)
         script.send_signal(signal.SIGTERM)
-        script.wait(timeout=60)
+        script.wait(timeout=150)
         assert processes_of(run) == []
         return log.read_text()
     finally:
@@ -69,7 +69,7 @@ def assert_saved(run: Path, printed: str) -> None:
     assert (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
 
 
-# benchmarks/faults.py runs all of them.
+# Cells that differ: who is signalled decides who is left to end the ranks.
 CASES = [
     Case("train.sh", signal.SIGTERM, "launcher"),
     Case("train.sh", signal.SIGKILL, "launcher"),
@@ -94,7 +94,7 @@ def test_a_signal_to_the_training_script_before_the_first_step_ends_it(seconds, 
     try:
         time.sleep(seconds)
         script.send_signal(signal.SIGTERM)
-        assert script.wait(timeout=30) in (0, -signal.SIGTERM)  # the latter: before its first line
+        assert script.wait(timeout=90) in (0, -signal.SIGTERM)  # the latter: before its first line
         assert processes_of(f"early-{seconds}") == []
         assert not (project / f"early-{seconds}" / "checkpoints").exists()
     finally:

@@ -18,7 +18,6 @@ START_SECONDS = 400.0
 FLAGS = "--data_path corpus.txt --model JiT-XS/4 --img_size 16 --max_tokens 64 --vocab_size 300 --train_batch_size 8"
 INTERVALS = "--log_interval 1 --eval_interval 1000 --save_interval 1000 --num_samples 0 --epochs 100"
 COMMANDS = {
-    "python": "python -m ds_tokimg train",
     "deepspeed": "deepspeed -q --no_local_rank --num_accelerators 2 --master_port {port} --module ds_tokimg train",
     "torchrun": "torchrun --nproc_per_node 2 --master_port {port} -m ds_tokimg train",
     "train.sh": "bash launch/train.sh",
@@ -35,11 +34,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.launcher}-{self.signal.name}-{self.to}"
-
-    @property
-    def saves(self) -> bool:
-        """What is trained is saved, unless ranks are killed."""
-        return self.signal != signal.SIGKILL or (self.to == "launcher" and self.launcher != "python")
 
 
 @dataclass
@@ -79,7 +73,7 @@ def processes_of(run: str, ranks: bool = False) -> list[int]:
     return sorted(found)
 
 
-def outcome(case: Case, project: Path, seconds: float = 60.0) -> Outcome:
+def outcome(case: Case, project: Path, seconds: float = 150.0) -> Outcome:
     """Starts a run, sends the signal after three steps, and looks again when all has ended, or after some seconds."""
     run, log = str(case), project / f"{case}.log"
     words = COMMANDS[case.launcher].format(port=free_port()).split()
