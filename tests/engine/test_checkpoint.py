@@ -444,7 +444,7 @@ def _go_back(dist, folder, stage):
 
 @pytest.mark.parametrize("stage", range(4))
 def test_an_engine_that_has_stepped_goes_back(stage, tmp_path):
-    assert run_ranks(2, _go_back, tmp_path, stage) == [True, True]
+    assert run_ranks(2, _go_back, tmp_path, stage, timeout=150) == [True, True]
 
 
 def _save_nan(dist, folder, stage, where):
