@@ -154,7 +154,7 @@ def hparams(config: TrainConfig, settings: dict, world_size: int) -> dict[str, s
     }
     known = {name: value for name, value in values.items() if value is not None}
     # TensorBoard would make a number of a bool.
-    return {n: str(v).lower() if isinstance(v, bool) or not isinstance(v, int | float) else v for n, v in known.items()}
+    return {name: str(value).lower() if isinstance(value, bool) else value for name, value in known.items()}
 
 
 def settings_text(config: TrainConfig, settings: dict) -> str:
