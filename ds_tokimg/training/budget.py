@@ -83,6 +83,10 @@ class Sample:
         return self.dataset.prompt_ids(int(self.indices[index]))
 
     @property
+    def loses_text(self) -> bool:
+        return self.dataset.loses_text
+
+    @property
     def num_bytes(self) -> int:
         """As many bytes a token as in the whole data set."""
         tokens = self.dataset.lengths[self.indices].sum()
