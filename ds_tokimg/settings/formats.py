@@ -1,7 +1,7 @@
 """The formats of the JSON files that the trainer writes: their number, how files are read, and old ones upgraded.
 
 Every such file (`config.json`, `model.json`, `text.json`, `trainer_state.json`, `data.json`) says in which format it
-was written, `"format": 1`; files of format 0 do not say it. A file is read by `read` or `read_together`, which hand it
+was written, `"format": 2`; files of format 0 do not say it. A file is read by `read` or `read_together`, which hand it
 over in today's format, or raise one UserError that names it. Names of parameters belong to a format too:
 `parameter_names`.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from ds_tokimg.diffusion.writing import Writing
 from ds_tokimg.errors import UserError, has_type, raise_problems, shortened
 
-FORMAT = 1
+FORMAT = 2
 
 # The kinds of files, by the name that they have in a run, a checkpoint or an export.
 CONFIG = "config.json"
@@ -64,14 +64,13 @@ ADDED_IN_1: dict[str, dict[str, object]] = {
         "smallest_train_batch": 4,
         "wanted_steps": 1000,
         "most_epochs": 20,
-        "eval_tokens": None,
-        "verbose": False,
-        "skip_spikes": 0.0,
-        "go_back_after": 0,
         **_READING_IN_0,
     },
     TEXT: _READING_IN_0,
 }
+# Settings that format 1 did not have: its validations read all held-out texts, and it skipped no step for its loss.
+# What belongs to a launch alone (`verbose`, `accept_other_texts`) needs no value here, see TrainConfig.load.
+ADDED_IN_2: dict[str, dict[str, object]] = {CONFIG: {"eval_tokens": 0, "skip_spikes": 0.0, "go_back_after": 0}}
 # One text of format 0 that is a list of them in format 1.
 LISTED_IN_1 = {CONFIG: "data_path", TEXT: "data_path"}
 # Up to this vocabulary a posterior that format 0 left open was over whole tokens.
@@ -197,12 +196,18 @@ def _settings_to_format_1(settings: dict, kind: str, path: str | Path) -> None:
     for old, new in RENAMED_IN_1.get(kind, {}).items():
         if old in settings:
             settings[new] = settings.pop(old)
-    settings |= {key: value for key, value in ADDED_IN_1.get(kind, {}).items() if key not in settings}
+    _add(settings, ADDED_IN_1.get(kind, {}))
     listed = LISTED_IN_1.get(kind)
     if isinstance(settings.get(listed), str):
         settings[listed] = [settings[listed]]
     if kind in SINGLE_IN_1:
         _single(settings, SINGLE_IN_1[kind], path if kind == CONFIG else None)
+
+
+def _to_format_2(files: Files, paths: Mapping[str, str | Path]) -> None:
+    """1 -> 2, in place. Settings that there were not yet."""
+    for kind, values in files.items():
+        _add(_settings(values, kind), ADDED_IN_2.get(kind, {}))
 
 
 def _writing_in_0(files: Files, path: str | Path) -> Writing:
@@ -226,6 +231,10 @@ def _settings(values: dict, kind: str) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
+def _add(settings: dict, added: Mapping[str, object]) -> None:
+    settings |= {key: value for key, value in added.items() if key not in settings}
+
+
 def _drop(settings: dict, key: str, value, path: str | Path) -> None:
     found = settings.pop(key, value)
     if found != value:
@@ -247,4 +256,4 @@ def _single(settings: dict, key: str, path: str | Path | None) -> None:
         settings[key] = values[0] if values else 0.0
 
 
-_UPGRADES = (_to_format_1,)
+_UPGRADES = (_to_format_1, _to_format_2)

@@ -229,7 +229,7 @@ def test_a_replaced_tokenizer_is_noticed(run, tmp_path, capsys):
     ("file", "change", "expected"),
     [
         ("text.json", lambda text: text.replace('"canvas"', '"canvs": 0, "canvas"'), "unknown key 'canvs'"),
-        ("text.json", lambda text: text.replace('"format": 1', '"format": 2'), "written by a newer ds_tokimg"),
+        ("text.json", lambda text: text.replace('"format": 2', '"format": 99'), "written by a newer ds_tokimg"),
         ("text.json", lambda text: text.replace('"max_tokens": 64', '"max_tokens": 0'), "max_tokens is 0"),
         ("text.json", lambda text: "", "not valid JSON"),
         ("model.json", lambda text: text.replace('"depth": 2', '"depth": 0'), "depth is 0"),
@@ -249,7 +249,7 @@ def test_broken_files_are_named(command, file, change, expected, run, corpus, tm
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [({"format": 2}, "written by a newer ds_tokimg"), ({"epoch": 2}, "did you mean 'epochs'")],
+    [({"format": 99}, "written by a newer ds_tokimg"), ({"epoch": 2}, "did you mean 'epochs'")],
     ids=["newer", "unknown"],
 )
 def test_a_run_with_a_broken_config_is_not_resumed(change, expected, run, tmp_path, capsys):

@@ -35,10 +35,10 @@ def config(tmp_path):
         (b"[" * 100_000, "not valid JSON"),
         (b"[1]", "expected a JSON object {...}, found list"),
         (b'{"data_path": "\xff"}', "not UTF-8 text (byte 15)"),
-        (b'{"format": 3}', "written by a newer ds_tokimg: format 3, this one reads up to 1"),
-        (b'{"format": "one"}', "format is 'one': expected a whole number up to 1"),
-        (b'{"format": -1}', "format is -1: expected a whole number up to 1"),
-        (b'{"format": true}', "format is True: expected a whole number up to 1"),
+        (b'{"format": 3}', "written by a newer ds_tokimg: format 3, this one reads up to 2"),
+        (b'{"format": "one"}', "format is 'one': expected a whole number up to 2"),
+        (b'{"format": -1}', "format is -1: expected a whole number up to 2"),
+        (b'{"format": true}', "format is True: expected a whole number up to 2"),
     ],
 )
 def test_what_is_no_file_of_ours_is_one_sentence(content, expected, tmp_path):
@@ -77,9 +77,18 @@ def test_a_file_without_a_number_is_of_format_0(config):
     assert TrainConfig.load(path) == TrainConfig(data_path="x")
 
 
+@pytest.mark.parametrize("number", [{}, {"format": 1}], ids=["format 0", "format 1"])
+def test_a_run_of_an_earlier_version_validates_and_steps_as_it_did(number, config):
+    path, values = config
+    later = ("format", "eval_tokens", "skip_spikes", "go_back_after", "verbose", "accept_other_texts")
+    then = {key: value for key, value in values.items() if key not in later}
+    path.write_text(json.dumps(then | number))
+    assert TrainConfig.load(path) == TrainConfig(data_path=["x"], eval_tokens=0)
+
+
 def test_files_that_were_not_written_together_are_refused(tmp_path):
     paths = {formats.MODEL: tmp_path / "model.json", formats.TEXT: tmp_path / "text.json"}
-    paths[formats.MODEL].write_text('{"format": 1}')
+    paths[formats.MODEL].write_text('{"format": 2}')
     paths[formats.TEXT].write_text("{}")
     assert "they were not written together" in refused(formats.read_together, paths)
 
@@ -88,6 +97,7 @@ def test_files_that_were_not_written_together_are_refused(tmp_path):
 def old_folder(tmp_path, monkeypatch):
     """A writer of format-0 files, and their reader, in a version that added one key."""
     monkeypatch.setattr(formats, "ADDED_IN_1", {"text.json": {"letters": 26}})
+    monkeypatch.setattr(formats, "ADDED_IN_2", {})
 
     def read(kind, values):
         (tmp_path / kind).write_text(json.dumps(values))
