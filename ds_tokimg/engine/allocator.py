@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # mallopt's names (malloc.h of glibc), and what they are set to.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -34,6 +36,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors on an accelerator took at once so far; on a CPU, the most that the process had in
     memory."""
     if device.type != "cpu":
+        import torch
+
         return torch.accelerator.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -96,7 +96,7 @@ class Report:
     def validation(self, bound: Bound) -> None:
         self.say(
             f"validation: bits/token {bound.bits_per_token:.4f}{error_of(bound)}  "
-            f"bits/byte {bound.bits_per_byte:.4f}  loss {bound.loss:.4f}"
+            f"{'' if bound.loses_text else f'bits/byte {bound.bits_per_byte:.4f}  '}loss {bound.loss:.4f}"
         )
 
     def end(
@@ -105,9 +105,10 @@ class Report:
         """The last validation beside what counting reaches (`counted`), and the commands to go on with."""
         if bound is not None:
             error = f",{error_of(bound)}" if error_of(bound) else ""
+            per_byte = "" if bound.loses_text else f", {bound.bits_per_byte:.4f} bits per byte"
             self.say(
                 f"\nvalidation: {bound.bits_per_token:.4f} bits per token (unigram entropy {unigram_entropy:.4f})"
-                f"{error}, {bound.bits_per_byte:.4f} bits per byte"
+                f"{error}{per_byte}"
             )
         if counted is not None:
             self.say(f"beside it, counting alone: {counted} bits per token")

@@ -117,6 +117,10 @@ class Tracker:
         self.describe({}, list(summaries))
         if self.writer is not None:
             self._write(self.monitors, self.writer.close)
+        if self.monitor.wandb_monitor is not None:
+            import wandb
+
+            self._write(self.monitors, wandb.finish)
 
     def last_row(self) -> dict:
         """The last row of metrics, {} where there is none; of an earlier launch where this one has logged nothing."""

@@ -62,7 +62,7 @@ def test_the_chat_template_of_the_run_is_used(tmp_path, monkeypatch, capsys):
         (["--temperature", "-1"], b"", "--temperature is -1.0"),
         (["--top_p", "2"], b"", "--top_p is 2.0"),
         (["--top_k", "0"], b"", "--top_k is 0"),
-        (["--stop", ""], b"", "--stop is empty"),
+        (["--stop", ""], b"", "--stop: is empty"),
         (["--max_new_tokens", "999"], b"the sea?\n", "an answer has one image"),
         (["--device", "gpu9"], b"", "gpu9"),
     ],

@@ -197,7 +197,7 @@ def test_exports_into_any_place_that_is_empty(output, tmp_path, monkeypatch, cap
     monkeypatch.chdir(place / "here" if output == "." else place)
     assert main(["export", "--checkpoint", str(source), "--output", output]) == 0
     written = sorted(path.name for path in Path(output).iterdir())
-    assert written == ["model.json", "model.safetensors", "text.json", "tokenizer"]
+    assert written == ["README.md", "manifest.json", "model.json", "model.safetensors", "text.json", "tokenizer"]
     assert main(["generate", "--checkpoint", output, "--num_inference_steps", "1"]) == 0
     assert (place / "link").is_symlink()
     assert "exists and is not empty" in refused(capsys, "export", "--checkpoint", source, "--output", output)

@@ -466,7 +466,7 @@ def _save_nan(dist, folder, stage, where):
 def test_what_is_not_finite_on_one_rank_is_saved_by_none(stage, where, tmp_path):
     first, second = run_ranks(2, _save_nan, tmp_path, stage, where)
     assert first == second and "step 1 is not saved: weights or states" in first[0]
-    assert first[1] == ["latest", "step_00000001"]
+    assert [name for name in first[1] if not name.endswith(".py")] == ["latest", "step_00000001"]  # DeepSpeed's script
 
 
 class _Malicious:
