@@ -10,7 +10,7 @@ runs=$(realpath -m "${1:-runs}")
 # TensorBoard calls a run by its path below --logdir: links leave out the `tensorboard` at the end of each.
 links=$(mktemp -d)
 link_runs() {
-    find -L "$runs" -name checkpoints -prune -o -type d -name tensorboard -print0 2>/dev/null |
+    { find -L "$runs" -name checkpoints -prune -o -type d -name tensorboard -print0 2>/dev/null || true; } |
         while IFS= read -r -d '' logs; do
             run=$(dirname "$logs")
             [ "$run" = "$runs" ] && name=$(basename "$run") || name=${run#"$runs"/}

@@ -81,13 +81,21 @@ class Shards:
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether weights and states of this rank are free of NaN and infinity. Nothing is copied."""
-        states = (value for t in self.stepped for value in self.optimizer.state.get(t, {}).values())
         largest = [
-            torch.linalg.vector_norm(value, math.inf)
-            for value in (*self.stepped, *states)
-            if torch.is_tensor(value) and value.is_floating_point() and value.numel()
+            torch.linalg.vector_norm(part, math.inf)
+            for tensor in self.stepped
+            for value in (tensor, *self.optimizer.state.get(tensor, {}).values())
+            if torch.is_tensor(value) and value.is_floating_point()
+            for part in self._parts(tensor, value)
+            if part.numel()
         ]
         return all(math.isfinite(value) for value in torch.stack([v.cpu().float() for v in largest]).tolist())
+
+    def _parts(self, tensor: Tensor, value: Tensor) -> list[Tensor]:
+        """What belongs to parameters in a stepped tensor, or in a state of it: at stage 3 anything may lie between."""
+        if self.stage < 3 or value.shape != tensor.shape:
+            return [value]
+        return [value[place.offset : place.offset + place.length] for place in self.places(tensor)]
 
     @property
     def updates(self) -> int:

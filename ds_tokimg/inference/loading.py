@@ -83,7 +83,8 @@ def is_checkpoint(folder: Path) -> bool:
 def _check_small_files(checkpoint: Path) -> None:
     """UserError where a file of a checkpoint, other than weights and the engine's, is not the one that was written."""
     names = [formats.MODEL, formats.TEXT, formats.TRAINER_STATE]
-    names += [name for name in entries_of(checkpoint) if name.startswith(f"{TOKENIZER}/")]
+    others = [name for name in entries_of(checkpoint) if name.endswith(".json") and (checkpoint / name).is_file()]
+    names += [*others, *(name for name in entries_of(checkpoint) if name.startswith(f"{TOKENIZER}/"))]
     problem = verify(checkpoint, names)
     if problem:
         raise UserError(f"{checkpoint} is damaged: {problem}; use another checkpoint of the run")

@@ -200,6 +200,7 @@ def test_exports_into_any_place_that_is_empty(output, tmp_path, monkeypatch, cap
     assert written == ["README.md", "manifest.json", "model.json", "model.safetensors", "text.json", "tokenizer"]
     assert main(["generate", "--checkpoint", output, "--num_inference_steps", "1"]) == 0
     assert (place / "link").is_symlink()
+    capsys.readouterr()
     assert "exists and is not empty" in refused(capsys, "export", "--checkpoint", source, "--output", output)
 
 
