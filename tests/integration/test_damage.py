@@ -30,7 +30,7 @@ READ = {  # by whoever loads a model; what a checkpoint holds besides is for the
         *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
     ],
 }
-# A model without checksums is one of an earlier version; a wrong checksum may be that of a file which loading leaves be.
+# A model without checksums is one of an earlier version; a wrong checksum may be that of a file that is not read.
 HARMLESS = {("export", "manifest.json", "missing"), ("checkpoint", "manifest.json", "a bit flipped")}
 
 
