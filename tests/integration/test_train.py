@@ -171,12 +171,13 @@ def test_generate_and_export(run, tmp_path, capsys):
     arguments = ["--num_samples", "3", "--num_inference_steps", "4", "--save_images", str(tmp_path / "images")]
     assert main(["generate", "--checkpoint", str(exported), "--json", str(json_file), *arguments]) == 0
     texts = json.loads(json_file.read_text())
-    assert len(texts) == 3 and set(texts[0]) == {"prompt", "text", "token_ids", "num_tokens"}
+    assert len(texts) == 3 and set(texts[0]) >= {"prompt", "text", "token_ids", "num_tokens"}
     assert all(text["num_tokens"] == len(text["token_ids"]) <= 64 for text in texts)
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
     again = tmp_path / "again.json"
     assert main(["generate", "--checkpoint", str(run[0]), "--json", str(again), *arguments[:4]]) == 0
-    assert json.loads(again.read_text()) == texts  # the run's best checkpoint is what was exported
+    ids = [text["token_ids"] for text in json.loads(again.read_text())]
+    assert ids == [text["token_ids"] for text in texts]  # the run's best checkpoint is what was exported
 
 
 def test_an_export_loads_without_deepspeed(run, tmp_path):
