@@ -28,6 +28,22 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run pytest with --all"))
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Tokenised texts are kept in a folder of the module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(cache, tmp_path_factory) -> Path:
+    """A file of 400 different lines."""
+    from tests.support.runs import write_corpus  # torch, once the environment is set
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
 @pytest.fixture(scope="session")
 def shared_tokenizers() -> Path:
     """A folder with real tokenizers, `qwen3` and `smollm2`; tests that need it are skipped where it is missing."""

@@ -36,8 +36,8 @@ from torch import Tensor
 from ds_tokimg.engine import elastic
 from ds_tokimg.engine.optimizer import average_key
 from ds_tokimg.engine.ranks import Dist, answering
+from ds_tokimg.engine.saving import Saving
 from ds_tokimg.engine.shards import FP32
-from ds_tokimg.engine.writing import Writing
 from ds_tokimg.errors import TrainingError, UserError, shortened, value_problems
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.files import sync_folder, write_text
@@ -116,20 +116,20 @@ def save(
     folder = root / (_UNFINISHED + tag)
     if not dist.all_true(engine.shards.finite()):
         raise NotFinite(f"step {engine.global_steps} is not saved: weights or states of the optimiser are not finite")
-    writing = Writing(root.parent, dist)
-    with answering(), writing.undone_by(folder), dist.progress.while_doing("saving a checkpoint"):
-        writing.on_first_rank(lambda: _start(folder))
-        _save_engine(engine, folder, writing)
-        _save_weights(engine, folder, writing)
+    saving = Saving(root.parent, dist)
+    with answering(), saving.undone_by(folder), dist.progress.while_doing("saving a checkpoint"):
+        saving.on_first_rank(lambda: _start(folder))
+        _save_engine(engine, folder, saving)
+        _save_weights(engine, folder, saving)
         generators = dist.gather(_generator_states())
         state = {"format": formats.FORMAT, **state, "step": engine.global_steps, "engine": _engine_state(engine)}
-        writing.on_first_rank(lambda: _save_state(folder, state, generators, write))
+        saving.on_first_rank(lambda: _save_state(folder, state, generators, write))
         # Each rank reads its share of the files.
-        entries = writing.on_each_rank(lambda: checksums(folder, files_in(folder)[dist.rank :: dist.world_size]))
-        writing.on_first_rank(lambda: _finish(folder, root / tag, entries, best))
+        entries = saving.on_each_rank(lambda: checksums(folder, files_in(folder)[dist.rank :: dist.world_size]))
+        saving.on_first_rank(lambda: _finish(folder, root / tag, entries, best))
         if back_at is not None:
-            writing.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
-        writing.on_first_rank(lambda: _prune(root, keep))
+            saving.on_first_rank(lambda: _set_aside(root, tag, back_at, state.get("best_step")))
+        saving.on_first_rank(lambda: _prune(root, keep))
     return root / tag
 
 
@@ -342,18 +342,18 @@ def _start(folder: Path) -> None:
     folder.mkdir()
 
 
-def _save_engine(engine: TrainEngine, folder: Path, writing: Writing) -> None:
+def _save_engine(engine: TrainEngine, folder: Path, saving: Saving) -> None:
     """DeepSpeed's own files. Its ranks wait for each other in there: one that cannot write says so afterwards."""
     deepspeed, files = engine.engine, engine.engine.checkpoint_engine
     writers = [(files, "save"), (files, "makedirs"), (deepspeed, "_copy_recovery_script")]
     for owner, name in writers:
-        setattr(owner, name, writing.later(getattr(owner, name)))
+        setattr(owner, name, saving.later(getattr(owner, name)))
     try:
         deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     finally:
         for owner, name in writers:
             delattr(owner, name)
-    writing.agree()
+    saving.agree()
 
 
 def _save_state(folder: Path, state: dict, generators: list, write: Callable[[Path], object] | None) -> None:
@@ -395,7 +395,7 @@ def _set_aside(root: Path, saved: str, back_at: int, best_step: int | None) -> N
     logger.info("gone back to step %d: set aside in %s: %s", back_at, aside, ", ".join(left))
 
 
-def _save_weights(engine: TrainEngine, folder: Path, writing: Writing) -> None:
+def _save_weights(engine: TrainEngine, folder: Path, saving: Saving) -> None:
     """Whole weights, trained and averaged, gathered parameter by parameter; rank 0 keeps and writes them."""
     shards, keys = engine.shards, engine.shards.keys
     persistent = engine.module.state_dict().keys()
@@ -408,7 +408,7 @@ def _save_weights(engine: TrainEngine, folder: Path, writing: Writing) -> None:
             value = shards.full(param, key if key in keys else FP32)
             if engine.dist.rank == 0:
                 weights[param_name] = value.detach().float().cpu().contiguous()
-        writing.on_first_rank(partial(write_weights, {**weights, **buffers}, folder / name))
+        saving.on_first_rank(partial(write_weights, {**weights, **buffers}, folder / name))
 
 
 def _publish(folder: Path, target: Path) -> None:

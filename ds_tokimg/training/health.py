@@ -13,8 +13,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from ds_tokimg.engine import checkpoint as checkpoints
+from ds_tokimg.engine.saving import CannotWrite
 from ds_tokimg.engine.skipping import LOSS_SCALE, NOT_FINITE, REFUSED
-from ds_tokimg.engine.writing import CannotWrite
 from ds_tokimg.errors import TrainingError
 
 if TYPE_CHECKING:

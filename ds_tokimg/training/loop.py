@@ -17,8 +17,8 @@ from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.engine.allocator import peak_memory
 from ds_tokimg.engine.engine import StepResult, TrainEngine
+from ds_tokimg.engine.saving import CannotWrite, Saving
 from ds_tokimg.engine.skipping import LOSS_SCALE
-from ds_tokimg.engine.writing import CannotWrite, Writing
 from ds_tokimg.errors import TrainingError
 from ds_tokimg.inference.loading import TOKENIZER, load_trained
 from ds_tokimg.inference.sampler import SamplingOptions
@@ -247,8 +247,8 @@ class Run:
         """A checkpoint of this step learns what it is worth; the best one is saved if it is not yet. CannotWrite where
         that fails."""
         add = partial(checkpoints.add_validation, self.config.output_dir, step, self._validation_state(), improved)
-        writing = Writing(Path(self.config.output_dir), self.dist)
-        saved = self.saved_step == step and writing.on_first_rank(add)
+        saving = Saving(Path(self.config.output_dir), self.dist)
+        saved = self.saved_step == step and saving.on_first_rank(add)
         if improved and saved:
             self.log(f"{checkpoints.tag_of(step)} is the best so far")
         elif improved:
@@ -375,14 +375,14 @@ class Run:
 
     def finish(self) -> None:
         """Shows what the run can do, and the commands to go on with it."""
-        finished = self.engine.global_steps >= self.last_step and not self.engine.stop_requested
-        if self.dist.rank == 0 and self.config.num_samples and finished:
+        complete = self.engine.global_steps >= self.last_step
+        if self.dist.rank == 0 and self.config.num_samples and complete:
             try:
                 with self.signals.interrupting():
                     self._show_samples()
             except Interrupted:
                 self.log("no more samples: the run is complete, and saved")
-        self.tracker.close(*dashboard.closing(finished))
+        self.tracker.close(*dashboard.closing(complete))
         self.dist.barrier()
         commands = next_steps(self.config, len(self.parts.train_set), self._a_prompt())
         counted = None
@@ -397,11 +397,10 @@ class Run:
         trained = load_trained(str(folder))
         with Work("writing samples"):
             texts = generate(trained, self._prompts(), SamplingOptions(seed=self.config.seed))
-        with given_up():
+        self.tracker.text("at_the_end", as_lines(texts), self.engine.global_steps, as_table(texts))
+        with given_up():  # last: nobody may be reading any more
             print("\nsamples:")
             show(texts)
-        step = self.engine.global_steps
-        self.tracker.text("at_the_end", as_lines(texts), step, as_table(texts))
 
     def _a_prompt(self) -> str | None:
         """Of a run whose prompts are conditions: one that its model can be asked to answer."""

@@ -52,6 +52,8 @@ def program_name() -> list[str]:
 
 def larger_run(config: TrainConfig, images: int) -> list[str]:
     """Flags that train a larger model as this one was: the same recipe, texts and method."""
+    if config.radix is not None and config.tokenizer_path is None:  # levels for the vocabulary of this run
+        config = dataclasses.replace(config, tokenizer_path=f"{config.output_dir}/tokenizer")
     size, patch = config.model.removeprefix("JiT-").split("/")
     name = f"JiT-{LARGER.get(size, size)}/{patch}"
     flags = flags_of(dataclasses.replace(left_open(config, images), batch_size=None), *OF_THIS_RUN)

@@ -116,7 +116,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within, where there is nothing left to save: a signal raises Interrupted at once."""
+        """Within, where there is nothing left to save: a signal raises Interrupted at once, one that has come already
+        on entering."""
+        if self.engine.stop_requested:
+            raise Interrupted
         self._interrupts = True
         try:
             yield

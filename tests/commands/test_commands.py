@@ -11,21 +11,11 @@ from ds_tokimg.__main__ import COMMANDS, main
 from ds_tokimg.settings.command_line import build_parser, path
 from tests.support.damage import seal_again
 from tests.support.exports import write_export
-from tests.support.runs import small_flags, train_in_ranks, write_corpus
+from tests.support.runs import small_flags, train_in_ranks
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,10 @@ from benchmarks import proof
 from tests.support import browser
 from tests.support.runs import metrics, small_flags, train_in_ranks, write_corpus
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
 VALIDATED = (4, 8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def flags(folder: Path, run: str, *more) -> list[str]:

@@ -14,21 +14,11 @@ from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.engine.engine import TrainEngine
 from ds_tokimg.errors import TrainingError
 from tests.support.distributed import run_ranks, tiny_engine, train
-from tests.support.runs import _train, metrics, small_flags, train_in_ranks, write_corpus
+from tests.support.runs import _train, metrics, small_flags, train_in_ranks
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 QUIET = ("--eval_interval", 1000, "--epochs", 9, "--log_interval", 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

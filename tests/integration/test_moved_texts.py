@@ -17,12 +17,7 @@ from tests.support.damage import seal_again
 from tests.support.distributed import run_ranks
 from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.runs import WORDS, metrics, small_flags, train_in_ranks
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
 STEPS, FEW_STEPS = 50, 16  # of the slow tests, of the others
 BATCH, EVAL_INTERVAL = 8, 8
@@ -23,13 +25,6 @@ MUON = [(0, 2, 4), (1, 1, 4), (3, 4, 2)]
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 5e-5
 BITS_TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def words(count: int, start: int) -> str:

@@ -20,19 +20,9 @@ from ds_tokimg.engine import checkpoint
 from ds_tokimg.errors import UserError
 from ds_tokimg.training import lock, signals
 from tests.support.distributed import run_ranks, start_ranks
-from tests.support.runs import _train, learned, metrics, small_flags, train_in_ranks, write_corpus
+from tests.support.runs import _train, learned, metrics, small_flags, train_in_ranks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

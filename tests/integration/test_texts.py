@@ -11,12 +11,7 @@ from ds_tokimg.errors import UserError
 from ds_tokimg.settings.command_line import train_config
 from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,11 @@ from ds_tokimg.settings.command_line import train_config
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.training.assemble import assemble
 from ds_tokimg.training.bound import bits_per_token
-from tests.support.runs import learned, metrics, small_flags, train_in_ranks, write_corpus
+from tests.support.runs import learned, metrics, small_flags, train_in_ranks
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 SHIPPED = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

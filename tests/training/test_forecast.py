@@ -21,14 +21,9 @@ from ds_tokimg.training.assemble import assemble
 from ds_tokimg.training.memory import Footprint, largest_micro_batch, rank_memory
 from tests.support.runs import metrics, small_flags, train_in_ranks, write_corpus
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CPU = Machine(1, "cpu", bf16=True, fp16=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,11 @@ from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.engine.engine import TrainEngine
 from ds_tokimg.training import health
 from tests.support.distributed import run_ranks
-from tests.support.runs import _train, learned, metrics, small_flags, write_corpus
+from tests.support.runs import _train, learned, metrics, small_flags
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 QUIET = ("--eval_interval", 1000, "--eval_fraction", 0, "--epochs", 9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def tags(folder: Path) -> list[str]:

@@ -50,6 +50,13 @@ def test_scaling_up_keeps_what_was_said_of_length_and_batch():
     assert larger.deepspeed_config == "my.json"
 
 
+def test_levels_that_were_chosen_for_a_vocabulary_go_with_its_tokenizer():
+    """A run that began with a model has that model's radix, which another vocabulary may not fit."""
+    config = dataclasses.replace(run_of("--vocab_size", "1024"), radix=7)  # 294 ids of a small corpus
+    words = words_of(config, "scale up")
+    assert words[words.index("--tokenizer_path") + 1] == "my runs/first/tokenizer"
+
+
 @pytest.mark.parametrize(("size", "larger"), [("XS", "B"), ("B", "L"), ("H", "H")])
 def test_the_larger_model_has_the_same_patches(size, larger):
     words = words_of(run_of("--model", f"JiT-{size}/4"), "scale up")

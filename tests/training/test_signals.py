@@ -4,8 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+
+from ds_tokimg.training import signals
 
 STUCK = """
 import ctypes, types
@@ -52,6 +55,13 @@ def test_a_second_ctrl_c_ends_a_rank_that_waits_for_another():
         process.send_signal(signal.SIGINT)
         assert "SIGINT again: ended at once" in process.stdout.readline()
         assert process.wait(timeout=20) == 128 + signal.SIGINT
+
+
+def test_a_run_that_has_been_asked_to_stop_begins_nothing_more():
+    """The samples at its end, say: that they are left out is then said."""
+    asked = signals.StopSignals(types.SimpleNamespace(stop_requested=True))
+    with pytest.raises(signals.Interrupted), asked.interrupting():
+        pytest.fail("it has begun")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

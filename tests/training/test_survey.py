@@ -16,12 +16,7 @@ from ds_tokimg.training.assemble import assemble
 from ds_tokimg.training.survey import histogram, noise_at, read_share
 from tests.support.runs import small_flags, write_corpus
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

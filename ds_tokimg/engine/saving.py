@@ -23,7 +23,7 @@ class CannotWrite(TrainingError):
     """A checkpoint could not be written. The earlier ones are as they were."""
 
 
-class Writing:
+class Saving:
     """The files of one checkpoint, written by all ranks into a run's folder.
 
     Every rank comes to the same collectives, whatever fails on it, and all raise the same CannotWrite.
