@@ -29,14 +29,12 @@ def _reasons(config: TrainConfig, given: set[str]) -> dict[str, str | bool]:
     """Why a flag would have no effect, in place of False where it has one."""
     no_validation = config.eval_fraction == 0 and config.eval_data_path is None and "there is no validation"
     kinds = {_ending(path) for path in config.data_path}
-    has_tokenizer = (config.tokenizer_path and "--tokenizer_path") or (config.init_from and "--init_from")
     return {
         "eval_fraction": config.eval_data_path is not None and "--eval_data_path names the validation texts",
         "eval_interval": no_validation,
         "eval_tokens": no_validation,
-        "vocab_size": bool(has_tokenizer) and f"the vocabulary is that of {has_tokenizer}",
+        "vocab_size": config.tokenizer_path is not None and "the vocabulary is that of --tokenizer_path",
         "condition_drop": not config.enable_condition and "there are no conditions without --enable_condition",
-        "palette": config.init_from is not None and "the colours are those of --init_from",
         "text_key": None not in kinds and kinds <= set(PLAIN_TEXT) and "plain text has no keys",
         "document": None not in kinds and not kinds & set(PLAIN_TEXT) and "the files hold records, not plain text",
         "lr_at_width_192": "lr" in given and "--lr says it",
