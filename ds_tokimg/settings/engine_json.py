@@ -20,6 +20,7 @@ from ds_tokimg.settings.config import DEFAULT_MAX_GRAD_NORM, TrainConfig
 from ds_tokimg.settings.engine_schema import (
     AUTO,
     COUNT,
+    MASTERS_IN_HALF,
     NUMBER,
     POSITIVE,
     PRECISIONS,
@@ -298,6 +299,9 @@ class _Resolution:
             self.notes.append(f"{path} 0 has no fp32 master weights for {precision}: running as stage 1")
             stage = 1
         self.put(path, stage)
+        for key in MASTERS_IN_HALF if stage == 0 else ():
+            if lookup(self.raw, key) is True:
+                self.problems.append(f"{key} needs {path} 1, 2 or 3")
         if stage > 0 and self.machine.accelerator == "cpu" and lookup(self.raw, BUCKET_SIZE) is None:
             self.put(BUCKET_SIZE, CPU_BUCKET_SIZE)
         for key in QUANTISED:

@@ -31,10 +31,19 @@ COUNT = "a whole number of at least 1"
 WHOLE = "a whole number of at least 0"
 POSITIVE = "a number above 0"
 NUMBER = "a number of at least 0"
+SHARE = "a number from 0 to 1"
+SIZE = "a whole number of at least 0, such as 5e8"
+BUCKET = "a whole number of at least 1, such as 5e8"
 TEXT = "text"
 LIST = "a list"
+NAMES = "a list of names"
 BLOCK = "an object {...}"
 FREE = "any value"
+# DeepSpeed takes these where the masters are its own, from ZeRO stage 1 on.
+MASTERS_IN_HALF = (
+    *("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads"),
+    "bf16.bf16_optimizer_states",
+)
 LARGEST = 2**53  # of all numbers: beyond, whole ones are no longer exact as floats
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -83,8 +92,8 @@ SCHEDULERS = {
 
 # DeepSpeed knows these with and without the prefix "stage3_".
 _STAGE_3 = {
-    **_keys(NUMBER, "prefetch_bucket_size param_persistence_threshold model_persistence_threshold"),
-    **_keys(NUMBER, "max_live_parameters max_reuse_distance module_granularity_threshold"),
+    **_keys(SIZE, "prefetch_bucket_size param_persistence_threshold model_persistence_threshold"),
+    **_keys(SIZE, "max_live_parameters max_reuse_distance module_granularity_threshold"),
     **_keys(SWITCH, "gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params"),
     **_keys(SWITCH, "allgather_sequential"),
 }
@@ -113,7 +122,7 @@ BLOCKS = {
     "torch_autocast": {
         "enabled": SWITCH,
         "dtype": ("bfloat16", "float16"),
-        "lower_precision_safe_modules": LIST,
+        "lower_precision_safe_modules": NAMES,
     },
     "zero_optimization": {
         "stage": (0, 1, 2, 3),
@@ -126,21 +135,41 @@ BLOCKS = {
         **_keys(SWITCH, "zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint"),
         **_keys(SWITCH, "override_module_apply log_trace_cache_warnings enable_sanity_checks"),
         **_keys(SWITCH, "save_muon_momentum_buffer_in_memory"),
-        **_keys(NUMBER, "reduce_bucket_size allgather_bucket_size sub_group_size zero_hpz_partition_size"),
+        "reduce_bucket_size": BUCKET,
+        **_keys(SIZE, "allgather_bucket_size sub_group_size zero_hpz_partition_size"),
         **_STAGE_3,
         **{f"stage3_{key}": kind for key, kind in _STAGE_3.items()},
         **_keys(BLOCK, "offload_param offload_optimizer zenflow leaf_module"),
     },
-    "zero_optimization.offload_param": {**_OFFLOAD, **_keys(NUMBER, "buffer_size max_in_cpu")},
+    "zero_optimization.offload_param": {**_OFFLOAD, **_keys(SIZE, "buffer_size max_in_cpu")},
     "zero_optimization.offload_optimizer": {
         **_OFFLOAD,
         **_keys(SWITCH, "pipeline_read pipeline_write fast_init super_offload"),
-        **_keys(NUMBER, "ratio cpuadam_cores_perc"),
+        **_keys(SHARE, "ratio cpuadam_cores_perc"),
     },
     "tensorboard": _MONITOR,
     "csv_monitor": _MONITOR,
     "wandb": {"enabled": SWITCH, **_keys(TEXT, "group team project")},
-    "comms_logger": {**_keys(SWITCH, "enabled prof_all verbose debug"), "prof_ops": LIST},
+    "comet": {
+        **_keys(SWITCH, "enabled online"),
+        "samples_log_interval": COUNT,
+        **_keys(TEXT, "project workspace api_key experiment_name experiment_key mode"),
+    },
+    "timers": {"throughput": BLOCK},
+    "timers.throughput": _keys(SWITCH, "enabled synchronized"),
+    "aio": {
+        **_keys(COUNT, "block_size queue_depth intra_op_parallelism"),
+        **_keys(SWITCH, "single_submit overlap_events use_gds"),
+    },
+    "compile": {
+        **_keys(SWITCH, "deepcompile autoep_non_moe free_activation offload_activation offload_opt_states"),
+        **_keys(SWITCH, "offload_activation_pin_memory double_buffer symmetric_memory debug_log"),
+        **_keys(SWITCH, "offload_parameters sync_before_reduce sync_after_reduce sync_before_allgather"),
+        **_keys(SWITCH, "sync_after_allgather keep_int_input_tensors keep_all_input_tensors"),
+        "free_activation_threshold": WHOLE,
+        "passes": NAMES,
+    },
+    "comms_logger": {**_keys(SWITCH, "enabled prof_all verbose debug"), "prof_ops": NAMES},
     "flops_profiler": {
         **_keys(SWITCH, "enabled detailed"),
         **_keys(COUNT, "profile_step top_modules"),
@@ -152,9 +181,13 @@ BLOCKS = {
         **_keys(SWITCH, "synchronize_checkpoint_boundary profile cpu_checkpointing"),
         "number_checkpoints": COUNT,
     },
+    "hybrid_engine": {
+        **_keys(SWITCH, "enabled release_inference_cache pin_parameters enable_cuda_graph"),
+        **_keys(COUNT, "max_out_tokens inference_tp_size tp_gather_partition_size"),
+    },
     "data_types": {
         **_keys(DTYPES, "grad_accum_dtype param_dtype buffer_dtype"),
-        "keep_in_fp32_modules": FREE,
+        "keep_in_fp32_modules": NAMES,
     },
 }
 
@@ -187,6 +220,7 @@ _REFUSED = (
         "must stay true: the engine counts micro-batches",
     ),
     ("compile.deepcompile", bool, "does not work with this engine: use the flag --compile"),
+    ("compile.passes", bool, "are those of deepcompile, which does not work with this engine: delete the key"),
     ("checkpoint.load_universal", bool, "is not needed: --resume converts checkpoints by itself"),
     (
         "optimizer.params.torch_adam",
@@ -265,13 +299,17 @@ def fits(value, kind) -> bool:
     """Whether a JSON value is of a kind. A switch is not a number here, though Python thinks so."""
     if isinstance(kind, tuple):
         return any(value == choice and type(value) is type(choice) for choice in kind)
+    if kind == NAMES:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
     types = {SWITCH: bool, TEXT: str, LIST: list, BLOCK: dict, FREE: object, COUNT: int, WHOLE: int}
     if not isinstance(value, types.get(kind, (int, float))):
         return False
-    if kind not in (COUNT, WHOLE, POSITIVE, NUMBER):
+    if kind not in (COUNT, WHOLE, POSITIVE, NUMBER, SHARE, SIZE, BUCKET):
         return True
-    least = {COUNT: value >= 1, POSITIVE: value > 0}.get(kind, value >= 0)
-    return least and value <= LARGEST and not isinstance(value, bool)
+    least = {COUNT: value >= 1, BUCKET: value >= 1, POSITIVE: value > 0}.get(kind, value >= 0)
+    most = 1 if kind == SHARE else LARGEST
+    whole = kind not in (SIZE, BUCKET) or value % 1 == 0
+    return least and value <= most and whole and not isinstance(value, bool)
 
 
 def _check_typed_block(raw: dict, name: str, known: dict) -> list[str]:

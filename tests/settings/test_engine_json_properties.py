@@ -12,12 +12,16 @@ from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.engine_schema import (
     BLOCK,
     BLOCKS,
+    BUCKET,
     COUNT,
     LIST,
+    NAMES,
     NUMBER,
     OPTIMIZERS,
     POSITIVE,
     SCHEDULERS,
+    SHARE,
+    SIZE,
     SWITCH,
     TEXT,
     TOP_LEVEL,
@@ -35,7 +39,11 @@ FITTING = {
     NUMBER: st.integers(0, 10**6) | st.floats(0, 1e6),
     TEXT: st.sampled_from(["", "mean", "AdamW", "WarmupLR", "x"]),
     LIST: st.lists(st.floats(0, 1.2), max_size=3),
-    BLOCK: st.just({}),
+    NAMES: st.lists(st.text(max_size=5), max_size=3),
+    SHARE: st.floats(0, 1),
+    SIZE: st.integers(0, 10**6) | st.just(5e8),
+    BUCKET: st.integers(1, 10**6) | st.just(5e8),
+    BLOCK: st.builds(dict),
 }
 
 

@@ -53,7 +53,7 @@ def test_verbose_lines_have_every_figure():
 
 def bound_of(nats: list[float]) -> Bound:
     texts = np.array(nats)
-    return Bound(texts, np.full(len(texts), 10), 30 * len(texts), 1.0, 0.5, {}, 0.0)
+    return Bound(texts, np.full(len(texts), 10), 30 * len(texts), 1.0, 0.5, {}, 0.0, {}, {})
 
 
 def test_the_interval_is_that_of_a_mean():
