@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from ds_tokimg.console import Work, given_up
+from ds_tokimg.console import given_up
 from ds_tokimg.data.loader import BatchLoader, LoadedBatch, Part
 from ds_tokimg.data.order import TrainBatchSampler
 from ds_tokimg.engine import checkpoint as checkpoints
@@ -20,9 +17,8 @@ from ds_tokimg.engine.engine import StepResult, TrainEngine
 from ds_tokimg.engine.saving import CannotWrite, Saving
 from ds_tokimg.engine.skipping import LOSS_SCALE
 from ds_tokimg.errors import TrainingError
-from ds_tokimg.inference.loading import TOKENIZER, load_trained
-from ds_tokimg.inference.sampler import SamplingOptions
-from ds_tokimg.inference.texts import generate, show
+from ds_tokimg.inference.loading import TOKENIZER
+from ds_tokimg.inference.texts import show
 from ds_tokimg.model.flops import matmul_peak
 from ds_tokimg.settings import formats
 from ds_tokimg.settings.command_line import GIVEN_JSON
@@ -32,11 +28,13 @@ from ds_tokimg.training import dashboard, ngram
 from ds_tokimg.training.assemble import Parts
 from ds_tokimg.training.bound import Bound, BoundOptions, Share, Stopped, bound_of
 from ds_tokimg.training.budget import Validations
+from ds_tokimg.training.ending import prompt_to_try, write_samples
 from ds_tokimg.training.health import Health, check_folder, describe_skip, where_to_go_on
 from ds_tokimg.training.next_steps import next_steps
 from ds_tokimg.training.profiling import profiled
 from ds_tokimg.training.report import Report, Speedometer, timed, times_due
 from ds_tokimg.training.samples import Gallery, as_lines, as_table
+from ds_tokimg.training.scores import Scores, row_of
 from ds_tokimg.training.signals import Interrupted, StopSignals
 from ds_tokimg.training.tracking import Meter, Tracker
 
@@ -54,8 +52,7 @@ class Run:
         self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
         self.first_step = state.get("step", 0)
         self.validations = Validations(config, parts)
-        self.best, self.best_step = self._best_before(state)
-        self.compares = state.get("best") is None or self.validations.were(state)
+        self.scores = Scores(self.validations, state, self._is_kept)
         first_rank, steps = self.dist.rank == 0, (self.first_step, self.last_step)
         self.report = Report(first_rank, config.verbose, steps, self._ahead)
         self.health = Health(config, state.get("health") or {})
@@ -66,24 +63,17 @@ class Run:
         # All ranks at once, as they compute.
         self.peak = self.dist.sum([matmul_peak(self.dist.device, engine.compute_dtype)])[0]
         self.speed = Speedometer(self.report.watch)
-        self.bound: Bound | None = None
-        self.figures = state.get("figures")  # of the last validation, for the model card of an export
         self.saved_step = self.first_step
         self.epoch = state.get("epoch", 0)
-        self.validation_due = state.get("validation_due", False)  # at the step of the checkpoint
+        self.validation_due = state.get("validation_due", False) and len(parts.eval_set) > 0  # at its step
         self.signals, self.stopped = StopSignals(engine), False
         self.schedule = parts.module.schedule
         if self.schedule is not None and state:
             self.schedule.load_state(state["schedule"])
 
-    def _best_before(self, state: dict) -> tuple[float, int | None]:
-        """The best validation before this launch, and its step. One whose checkpoint is gone (of a branch that the run
-        goes back to), or that read other texts, counts no more: a new best is found."""
-        step, root = state.get("best_step"), Path(self.config.output_dir) / checkpoints.FOLDER
-        if state.get("best") is None or not self.validations.were(state):
-            return math.inf, None
-        kept = step is None or self.dist.broadcast((root / checkpoints.tag_of(step)).is_dir())
-        return (state["best"], step) if kept else (math.inf, None)
+    def _is_kept(self, step: int) -> bool:
+        root = Path(self.config.output_dir) / checkpoints.FOLDER
+        return self.dist.broadcast((root / checkpoints.tag_of(step)).is_dir())
 
     def loop(self) -> None:
         loader = BatchLoader(
@@ -174,7 +164,7 @@ class Run:
         state = self.engine.load(checkpoints.find(self.config.output_dir, str(folder), self.dist))
         self.first_step = self.saved_step = state["step"]
         self.health.went_back(self.first_step, state.get("health") or {}, left)
-        self.best, self.best_step = self._best_before(state)
+        self.scores.go_back(state)
         if self.schedule is not None:
             self.schedule.load_state(state["schedule"])
         self.tracker.go_back(self.first_step)
@@ -222,31 +212,30 @@ class Run:
     def _validate_now(self) -> bool:
         """The validation that is due, and what follows from it. False when a signal ended it: then the step is saved,
         and the validation is the first thing that the run does when it goes on."""
-        step = self.engine.global_steps
+        step, scores = self.engine.global_steps, self.scores
         try:
-            figures = self.validate()
+            bound = self.validate()
         except Stopped:
             self.log("the validation is given up; it is done when the run goes on")
             if self.saved_step != step:
                 self.save(must=True)
             return False
         self.validation_due = False
-        if figures:
-            self.tracker.complete(step, figures)
-            self.report.validation(self.bound)
-            best_before = self.best, self.best_step
-            try:
-                self._keep_validation(step, self._improved())
-            except CannotWrite as problem:
-                self.best, self.best_step = best_before
-                self.log(str(problem))
-            self.gallery.show(self.signals)
+        self.tracker.complete(step, row_of(bound, self.parts.unigram_entropy))
+        self.report.validation(bound)
+        best_before = scores.best, scores.best_step
+        try:
+            self._keep_validation(step, scores.add(bound, step))
+        except CannotWrite as problem:
+            scores.best, scores.best_step = best_before
+            self.log(str(problem))
+        self.gallery.show(self.signals)
         return True
 
     def _keep_validation(self, step: int, improved: bool) -> None:
         """A checkpoint of this step learns what it is worth; the best one is saved if it is not yet. CannotWrite where
         that fails."""
-        add = partial(checkpoints.add_validation, self.config.output_dir, step, self._validation_state(), improved)
+        add = partial(checkpoints.add_validation, self.config.output_dir, step, self.scores.state(), improved)
         saving = Saving(Path(self.config.output_dir), self.dist)
         saved = self.saved_step == step and saving.on_first_rank(add)
         if improved and saved:
@@ -254,10 +243,8 @@ class Run:
         elif improved:
             self.save(improved, must=True)
 
-    def validate(self) -> dict:
+    def validate(self) -> Bound:
         """The bound of the averaged weights on held-out texts; all ranks share the work. Stopped on a signal."""
-        if not len(self.parts.eval_set):
-            return {}
         parts, engine, step = self.parts, self.engine.engine, self.engine.global_steps
         texts, tokens = self.validations.texts(step), self.validations.tokens(step)
         if len(texts) > self.validations.count:
@@ -267,39 +254,9 @@ class Run:
         engine.eval()
         try:
             with self.engine.averaged_weights(), self.report.watch.taking("validated", tokens):
-                self.bound = bound_of(
-                    parts.module, parts.text_format, texts, forward=engine, options=options, share=share
-                )
+                return bound_of(parts.module, parts.text_format, texts, forward=engine, options=options, share=share)
         finally:
             engine.train()
-        self.figures = {"step": self.engine.global_steps, **self.bound.figures()}
-        return {
-            "val_tokens": int(self.bound.tokens.sum()),
-            "val_loss": self.bound.loss,
-            "val_bits_per_token": self.bound.bits_per_token,
-            "val_bits_per_token_error": self.bound.standard_error,
-            "val_bits_per_byte": self.bound.bits_per_byte,
-            "val_token_accuracy": self.bound.accuracy_per_level,
-            "val_loss_by_noise": self.bound.loss_per_level,
-            "val_bits_by_noise": self.bound.bits_per_level,
-            "val_unigram_entropy": self.parts.unigram_entropy,
-        }
-
-    def _improved(self) -> bool:
-        """Compared are always the same texts, also where the last validation has read more."""
-        value = self.bound.bits_of_first(self.validations.count)
-        if not value < self.best:
-            return False
-        self.best, self.best_step = value, self.engine.global_steps
-        return True
-
-    def _validation_state(self) -> dict:
-        return {
-            "best": self.best if math.isfinite(self.best) else None,
-            "best_step": self.best_step,
-            "bits_per_token": self.bound.bits_per_token if self.bound else None,
-            "figures": self.figures,
-        }
 
     @timed("save")
     def save(self, improved: bool = False, must: bool = False) -> None:
@@ -329,7 +286,7 @@ class Run:
             "epoch": self.epoch,
             "consumed_samples": samples,
             "train_batch_size": self.train_batch_size,
-            **self._validation_state(),
+            **self.scores.state(),
             "validation_due": self.validation_due,
             "validations": self.validations.state(),
             "schedule": self.schedule.state() if self.schedule else None,
@@ -370,7 +327,7 @@ class Run:
             f"{self.last_step} of {self.schedule_steps} steps"
         )
         self.report.describe(self.parts, self.config.model, engine)
-        if not self.compares:
+        if not self.scores.compares:
             self.log("validations read other texts than before: the best checkpoint is found anew")
 
     def finish(self) -> None:
@@ -384,37 +341,17 @@ class Run:
                 self.log("no more samples: the run is complete, and saved")
         self.tracker.close(*dashboard.closing(complete))
         self.dist.barrier()
-        commands = next_steps(self.config, len(self.parts.train_set), self._a_prompt())
-        counted = None
-        if self.bound is not None and self.dist.rank == 0:
+        commands = next_steps(self.config, len(self.parts.train_set), prompt_to_try(self.config, self.parts))
+        counted, bound = None, self.scores.bound
+        if bound is not None and self.dist.rank == 0:
             counted = ngram.measure(self.parts.train_set, self.parts.eval_set)
-        self.report.end(self.bound, self.parts.unigram_entropy, counted, commands)
+        self.report.end(bound, self.parts.unigram_entropy, counted, commands)
 
     def _show_samples(self) -> None:
-        """Texts from the last checkpoint as a user would get them, from the averaged weights on the disk."""
         self.dist.progress.doing, self.dist.progress.open_ended = "writing samples", True
         folder = Path(self.config.output_dir) / checkpoints.FOLDER / checkpoints.tag_of(self.saved_step)
-        trained = load_trained(str(folder))
-        with Work("writing samples"):
-            texts = generate(trained, self._prompts(), SamplingOptions(seed=self.config.seed))
+        texts = write_samples(self.config, self.parts, folder)
         self.tracker.text("at_the_end", as_lines(texts), self.engine.global_steps, as_table(texts))
         with given_up():  # last: nobody may be reading any more
             print("\nsamples:")
             show(texts)
-
-    def _a_prompt(self) -> str | None:
-        """Of a run whose prompts are conditions: one that its model can be asked to answer."""
-        if not self.config.enable_condition:
-            return None
-        for texts in (self.parts.eval_set, self.parts.train_set):
-            asked = np.flatnonzero(texts.prompt_lengths)
-            if len(asked):
-                return self.parts.tokenizer.decode(texts.prompt_ids(int(asked[0])))
-        return None
-
-    def _prompts(self) -> list[str | None]:
-        count, held_out = self.config.num_samples, self.parts.eval_set
-        if not self.config.enable_condition or not len(held_out):
-            return [None] * count
-        decode = self.parts.tokenizer.decode
-        return [decode(held_out.prompt_ids(i)) for i in range(min(count, len(held_out)))]

@@ -304,7 +304,7 @@ def test_a_signal_during_a_save_ends_the_run_after_it(corpus, tmp_path):
 
 def test_a_signal_during_the_final_samples_is_a_clean_end(corpus, tmp_path):
     flags = small_flags(corpus, tmp_path / "run", "--max_steps", 2, "--num_samples", 1)
-    where = ("ds_tokimg.training.loop", "generate")
+    where = ("ds_tokimg.training.ending", "generate")
     printed = run_ranks(1, _train_until, flags, *where, {1: [signal.SIGINT]}, 0)[0]
     assert "no more samples: the run is complete, and saved" in printed and "resume:" in printed
     assert named(tmp_path / "run", "latest") == "step_00000002"
