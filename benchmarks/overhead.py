@@ -29,12 +29,13 @@ class PlainLoop:
     """One optimiser step in plain PyTorch."""
 
     def __init__(self, config: TrainConfig):
-        self.module = module_of(config)
+        self.module = module_of(config).to(join().device)
         self.max_norm = settings_of(config)["gradient_clipping"]
         self.optimizer = build_optimizer(self.module.parameters(), settings_of(config)["optimizer"], config.ema_decay)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 1000)
 
     def step(self, batch: Batch) -> float:
+        batch = batch.to(join().device)
         loss = self.module(batch)["loss_sum"] / self.module.count(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
@@ -63,7 +64,7 @@ def loss_of_step(engine: TrainEngine, micro_batch: Batch) -> float:
 
 
 def print_overhead(name: str, batch: int, tokens: int, repetitions: int) -> None:
-    config = TrainConfig(data_path=["-"], model=name, batch_size=batch)
+    config = TrainConfig(data_path=["-"], model=name, batch_size=batch, use_amp=False)
     plain = PlainLoop(config)
     engines = {f"stage {stage}": engine_of(config, zero_optimization={"stage": stage}) for stage in (0, 1)}
     micro_batch = batch_of(plain.module, config, [tokens] * batch)

@@ -1,6 +1,7 @@
 """The benchmarks compare like with like, and every script runs."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks import ROOT, learning
+from benchmarks.gpu.check import Check
+from benchmarks.gpu.right import largest_deviation
 from benchmarks.lengths import valid_shares
 from benchmarks.levels import rates
 from benchmarks.text import Judge, distinct, entropy
@@ -124,3 +127,30 @@ def test_learning_trains_measures_and_writes_texts(system, optimizer, tmp_path, 
     written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "texts").iterdir()}
     assert written.keys() == {"train", "real", system}
     assert len(written[system]) == 2 and all(len(text) > 100 for text in written[system])
+
+
+@pytest.mark.slow
+def test_the_check_of_accelerators_runs_through_without_one(tmp_path):
+    """Small, with the CPU in the accelerator's part. `overhead` and `precision` are scripts of their own, see above."""
+    page, parts = tmp_path / "gpu.md", "losses runs ranks waits speed kernels data".split()
+    command = ["bash", "launch/gpu.sh", "--dry", "--parts", *parts, "--output", str(page)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = page.read_text()
+    assert text.count("\n## ") == 8 and "0 failure(s)." in text
+    assert "| begun on the CPU, resumed here | the same to the bit |" in text
+    assert "JiT-XS/8" in text and "scaled_dot_product_attention" in text
+
+
+def test_a_process_that_fails_leaves_its_last_words_in_the_table(tmp_path, capsys):
+    check = Check.__new__(Check)
+    check.output, check.failures = tmp_path / "page.md", 0
+    check.rows(("fp32", 1), lambda: [check.run([sys.executable, "-c", "raise ValueError('no | such card')"])])
+    assert check.output.read_text() == "| fp32 | 1 | ValueError: no / such card | FAILED |\n"
+    assert check.failures == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_deviations_that_are_not_finite_are_not_small():
+    assert largest_deviation([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
+    assert largest_deviation([1.0, float("nan")], [1.0, 2.0]) == float("inf")
