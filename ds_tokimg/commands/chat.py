@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ds_tokimg.commands.flags import add_draws, parser_with_model, sampling_options
 from ds_tokimg.console import starting
-from ds_tokimg.errors import UserError
+from ds_tokimg.errors import UserError, nearest
 from ds_tokimg.inference.options import SamplingOptions
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ HELP = """\
 /help    these commands
 /quit    end, as an empty line, Ctrl-D or Ctrl-C do
 A line that is to begin with a slash begins with two."""
+
+COMMANDS = [line.split()[0] for line in HELP.splitlines()[:-1]]
 
 
 def main(argv: list[str]) -> int:
@@ -141,7 +143,9 @@ class _Chat:
         elif command == "/help":
             self._say(HELP)
         else:
-            self._say(f"unknown command {command.split()[0]}\n{HELP}")
+            word = command.split()[0]
+            hint = nearest(word, COMMANDS) or "; /help lists those that there are"
+            self._say(f"unknown command {word}{hint} (a line that is to begin with a slash begins with two)")
         return True
 
     def _answer(self, line: str) -> None:

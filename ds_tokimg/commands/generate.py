@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ds_tokimg.choices import SAMPLERS
 from ds_tokimg.commands.flags import add_draws, parser_with_model, sampling_options
-from ds_tokimg.commands.output import check_outputs, write_json
+from ds_tokimg.commands.output import check_outputs, say_written, write_json
 from ds_tokimg.console import Work, starting
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
@@ -183,7 +183,13 @@ def _write(
     sys.stdout.flush()
     if watcher is None:
         return texts, lambda: None
-    return texts, lambda: watcher.save(Path(arguments.animate), trained.tokenizer)
+
+    def save_animation() -> None:
+        file = Path(arguments.animate)
+        watcher.save(file, trained.tokenizer)
+        say_written(f"{file} and {file.with_suffix('.png').name}")
+
+    return texts, save_animation
 
 
 def _stream(trained: TrainedModel, prompts: list[str | None], options: SamplingOptions) -> list[dict]:
@@ -220,11 +226,15 @@ def _save(
     """Writes the files that were asked for. One that cannot be written does not keep the others from it."""
     from ds_tokimg.inference.texts import save_images
 
+    def save_pictures() -> None:
+        save_images(trained, texts, Path(arguments.save_images))
+        say_written(f"{arguments.save_images}, {len(texts)} image(s)")
+
     jobs: list[Callable[[], None]] = [save_animation]
     if arguments.json:
         jobs.append(lambda: write_json(arguments.json, _rows(trained, texts, options, arguments)))
     if arguments.save_images:
-        jobs.append(lambda: save_images(trained, texts, Path(arguments.save_images)))
+        jobs.append(save_pictures)
     problems = []
     for job in jobs:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,17 @@ def check_outputs(json_file: str | None, image_folder: str | None = None) -> Non
 
 
 def write_json(file: str, value: Any) -> None:
-    """The file of --json. Raises UserError when it cannot be written."""
+    """The file of --json, and a line that says so. Raises UserError when it cannot be written."""
     try:
         Path(file).write_text(pretty(value) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file} cannot be written: {error.strerror}") from None
+    say_written(file)
+
+
+def say_written(place: str) -> None:
+    """Where something lies now; beside what is printed."""
+    print(f"written: {place}", file=sys.stderr, flush=True)
 
 
 def pretty(value: Any, indent: int = 0) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_tokimg.commands.output import check_outputs, write_json
+from ds_tokimg.commands.output import check_outputs, say_written, write_json
 from ds_tokimg.console import starting
 from ds_tokimg.errors import UserError
 from ds_tokimg.settings import engine_json
@@ -67,6 +67,8 @@ def _save_images(parts: Parts, count: int, folder: Path) -> None:
             picture.save(folder / f"image_{number:04d}.png")
     except OSError as error:
         raise UserError(f"--save_images {folder} cannot be written: {error.strerror or error}") from None
+    if count:
+        say_written(f"{folder}, pictures of {count} image(s)")
 
 
 def as_text(report: dict) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_type_hints
 
 from ds_tokimg.choices import SAMPLERS
+from ds_tokimg.errors import described, has_type, shortened
 
 MAX_STEPS, STEPS_PER_TOKEN = 64, 4
+NAMES = {"steps": "num_inference_steps"}  # of flags, where they are others
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class SamplingOptions:
         return self.temperature == 1 and self.top_k is None and self.top_p == 1
 
     def __post_init__(self):
+        self._check_types()
         if self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
         if self.steps is not None and self.steps < 1:
@@ -65,8 +69,17 @@ class SamplingOptions:
         self._check_draws()
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop is {shortened(self.stop)}; it must be a text, or several")
+        if not all(self.stop):
             raise ValueError("stop is empty: give a text of at least one character")
+
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if name != "stop" and not has_type(value, kind):
+                expected = described(kind).replace("null", "None")
+                raise ValueError(f"{NAMES.get(name, name)} is {shortened(value)}; it must be {expected}")
 
     def _check_draws(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -78,6 +78,22 @@ def _is_hidden(field: dataclasses.Field) -> bool:
     return field.metadata["of_recipe"] or field.metadata["rare"]
 
 
+# Flags that people try, as other programs and commands have them.
+INSTEAD = {
+    "--device": "a run takes the accelerators that DeepSpeed finds; DS_ACCELERATOR=cpu keeps to the CPU, "
+    "CUDA_VISIBLE_DEVICES=0,1 to some",
+    "--checkpoint": "--resume goes on with a run, --init_from starts a new one from a model",
+    "--bf16": "--use_amp, or the block bf16 of the engine's JSON",
+    "--fp16": "--use_amp, or the block fp16 of the engine's JSON",
+    "--max_length": "--max_tokens",
+    "--num_gpus": "`RANKS=N bash launch/train.sh`, or `deepspeed --num_gpus N --module ds_tokimg train`",
+}
+
+
+def _instead(flag: str, known: list[str]) -> str:
+    return f"; instead: {INSTEAD[flag]}" if flag in INSTEAD else nearest(flag, known)
+
+
 def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
     """Settings and the values of the flags that a command added. One UserError lists every mistake.
 
@@ -91,7 +107,7 @@ def parse(parser: Parser, argv: list[str]) -> tuple[TrainConfig, argparse.Namesp
     config = TrainConfig(**(DEFAULTS | (_kept(saved) or _of_recipe(given, start)) | given))
     known = [option for action in parser._actions for option in action.option_strings]
     flags = [word for word in unknown if word.startswith("-")] or unknown
-    problems = [f"unknown argument {flag!r}{nearest(flag.split('=')[0], known)}" for flag in flags]
+    problems = [f"unknown argument {flag!r}{_instead(flag.split('=')[0], known)}" for flag in flags]
     raise_problems("the command line cannot be used:", problems + config.problems())
     changed = [
         f"--{name} is {value!r}, the run has {saved[name]!r}"

@@ -64,11 +64,18 @@ class Parts:
         more = "also trained on: the validation is better than on new texts"
         return [f"{count:,} of {len(held_out):,} validation texts are {more}"] if count else []
 
-    def without_prompts(self, config: TrainConfig) -> list[str]:
-        """What is to be said where conditions are asked for and there are none."""
-        if not config.enable_condition or self.train_set.prompt_lengths.any():
-            return []
-        return ["--enable_condition has no effect: no training text has a prompt"]
+    def not_as_asked(self, config: TrainConfig) -> list[str]:
+        """What is to be said where the texts do not give what was asked for: conditions, tokens."""
+        notes = []
+        if config.enable_condition and not self.train_set.prompt_lengths.any():
+            notes.append("--enable_condition has no effect: no training text has a prompt")
+        size = tokenizers.vocab_size(self.tokenizer)
+        if not (config.tokenizer_path or config.init_from or config.resume) and size < config.vocab_size:
+            notes.append(
+                f"the tokenizer has {size:,} tokens and not {config.vocab_size:,} (--vocab_size): the texts are too "
+                "short for more"
+            )
+        return notes
 
     @cached_property
     def unigram_entropy(self) -> float:

@@ -64,7 +64,7 @@ def prepare(config: TrainConfig, raw: dict, machine: engine_json.Machine) -> Pre
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
     config, read = validation_budget.decide(config, parts)
-    notes = [*parts.notes, *notes, *parts.without_prompts(config)]
+    notes = [*parts.notes, *notes, *parts.not_as_asked(config)]
     return Prepared(config, parts, settings, [*decided, *read], notes)
 
 

@@ -14,7 +14,8 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from PIL import Image
 
-from ds_tokimg.errors import UserError, nearest
+from ds_tokimg.choices import WEIGHTS
+from ds_tokimg.errors import UserError, nearest, shortened
 from ds_tokimg.inference import fitness, texts
 from ds_tokimg.inference.loading import TrainedModel, fetch, load_trained
 from ds_tokimg.inference.options import SamplingOptions
@@ -35,7 +36,23 @@ def load(path: str | Path, device: str = "auto", weights: str = "ema") -> Langua
 
     Raises UserError when there is no such model or device.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"load({shortened(path)}): expected the path of a folder, or a name on the Hugging Face hub")
+    for name, value in (("device", device), ("weights", weights)):
+        _check_text(name, value)
+    if weights not in WEIGHTS:
+        raise UserError(f"weights is {weights!r}: expected one of {', '.join(WEIGHTS)}")
     return LanguageModel(load_trained(str(fetch(path)), weights, device))
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {shortened(value)}: expected a text")
+
+
+def _check_prompt(prompt: object) -> None:
+    if prompt is not None:
+        _check_text("the prompt", prompt)
 
 
 class Sampling(TypedDict, total=False):
@@ -88,6 +105,17 @@ class LanguageModel:
 
     trained: TrainedModel
 
+    def __repr__(self) -> str:
+        model = self.trained.model
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        block = model.writing.block_size
+        way = f"blocks of {block} patch{'es' * (block > 1)} from left to right" if block else "the whole image at once"
+        what = "answers prompts" if self.answers else "continues texts"
+        return (
+            f"<LanguageModel {self.trained.path}: {size:.2f} M parameters, {model.codec.vocab_size:,} tokens, writes "
+            f"{way}, {what}, on {self.trained.device}>"
+        )
+
     def __call__(
         self, prompt: str | None = None, max_new_tokens: int | None = None, **sampling: Unpack[Sampling]
     ) -> str:
@@ -101,6 +129,7 @@ class LanguageModel:
     ) -> Iterator[str]:
         """The same text in pieces, as soon as each is written. A model that writes the whole image at once gives one
         piece, at the end."""
+        _check_prompt(prompt)
         options = self._options(max_new_tokens, **sampling)
         fitness.check(self.trained, options, has_prompt=bool(prompt))
         return iter(texts.TextStream(self.trained, prompt, options))
@@ -110,6 +139,12 @@ class LanguageModel:
     ) -> list[dict]:
         """Many texts together, one per prompt: dicts with `prompt`, `text`, `token_ids`, `num_tokens`, `finish_reason`
         ("stop" where a text ended, "length" where it was cut off) and `stop_reason` (the stop text, or None)."""
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise UserError(
+                f"prompts is {shortened(prompts)}: expected a list of texts (None for one from noise alone)"
+            )
+        for prompt in prompts:
+            _check_prompt(prompt)
         options = self._options(max_new_tokens, **sampling)
         fitness.check(self.trained, options, has_prompt=any(prompts))
         written = texts.generate(self.trained, prompts, options)
@@ -117,6 +152,7 @@ class LanguageModel:
 
     def answer(self, prompt: str, max_new_tokens: int | None = None, **sampling: Unpack[Sampling]) -> str:
         """The answer to a prompt, by a model that was trained on prompts and answers."""
+        _check_text("the prompt", prompt)
         if not self.answers:
             raise UserError(
                 "this model was trained without conditions: it continues texts and answers no prompts; call it with "
@@ -126,6 +162,7 @@ class LanguageModel:
 
     def infill(self, text: str, **sampling: Unpack[Sampling]) -> str:
         """The text with its gaps, written `<gap:N>` for N tokens, filled; all else stays as it is."""
+        _check_text("the text", text)
         options = self._options(**sampling)
         if options.stop:
             raise UserError("stop ends a text, and a gap has its length: leave it out")
@@ -134,6 +171,7 @@ class LanguageModel:
 
     def image(self, text: str) -> Image.Image:
         """A picture of the text as the model's token image, with its words."""
+        _check_text("the text", text)
         layout = self.trained.layout
         ids = tokenizers.encode(self.trained.tokenizer, [text])[0].tolist()
         capacity = layout.codec.capacity(layout.img_size)
@@ -148,6 +186,8 @@ class LanguageModel:
         prompt: what the text answers, for a model that was trained on prompts and answers. A text longer than an image
         is cut into several, as in training.
         """
+        _check_text("the text", text)
+        _check_prompt(prompt)
         if not text:
             raise UserError("an empty text has no bits: give one with at least one character")
         ids, condition = self._scored(text, prompt)
@@ -185,9 +225,10 @@ class LanguageModel:
         known = Sampling.__annotations__
         unknown = next((name for name in values if name not in known), None)
         if unknown is not None:
-            raise UserError(f"unknown option {unknown!r}{nearest(unknown, known)}; there are {', '.join(known)}")
+            raise UserError(f"unknown option {unknown!r}{nearest(unknown, known)} (there are {', '.join(known)})")
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         stop, steps = values.pop("stop", ()), values.pop("num_inference_steps", None)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list | tuple) else stop
         try:
             return SamplingOptions(**values, steps=steps, stop=stops, max_new_tokens=max_new_tokens)
         except ValueError as error:

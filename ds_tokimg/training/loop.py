@@ -327,6 +327,9 @@ class Run:
             f"{self.last_step} of {self.schedule_steps} steps"
         )
         self.report.describe(self.parts, self.config.model, engine)
+        if self.first_step >= self.last_step:
+            end = "its schedule" if self.last_step == self.schedule_steps else "--max_steps"
+            self.log(f"nothing is left to train: step {self.first_step} is reached, and {end} ends at {self.last_step}")
         if not self.scores.compares:
             self.log("validations read other texts than before: the best checkpoint is found anew")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Report:
     def begin(self, config: TrainConfig, decided: list[str], notes: list[str], resumed: Path | None) -> None:
         """`decided`: what was left open and is now known; `notes`: what the run's user should know."""
         if decided:
-            self.say(f"automatic: {', '.join(decided)}")
+            self.say(wrapped(f"automatic: {', '.join(decided)}"))
         for note in notes:
             self.say(f"note: {note}")
         if resumed:
@@ -73,13 +74,18 @@ class Report:
         module = parts.module
         size = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters())
         self.say(
-            f"{model}: {size / 1e6:.2f} M parameters; {parts.layout.codec}\n"
-            f"{len(parts.train_set):,} training images with {parts.train_set.num_tokens:,} tokens, "
-            f"{len(parts.eval_set):,} validation images with {parts.eval_set.num_tokens:,}; "
-            f"unigram entropy {parts.unigram_entropy:.3f} bits per token\n{engine}"
+            wrapped(f"{model}: {size / 1e6:.2f} M parameters; {parts.layout.codec}")
+            + "\n"
+            + wrapped(
+                f"{len(parts.train_set):,} training images with {parts.train_set.num_tokens:,} tokens, "
+                f"{len(parts.eval_set):,} validation images with {parts.eval_set.num_tokens:,}; "
+                f"unigram entropy {parts.unigram_entropy:.3f} bits per token"
+            )
+            + "\n"
+            + wrapped(engine)
         )
         if module.told != module.model.writing:
-            self.say("bits/token are told by validations, which draw tokens in turn; a training step does not")
+            self.say("bits/token are told by validations, which draw in turn; a step does not")
 
     def step(self, row: dict) -> None:
         """A line of `metrics.jsonl` as one for people."""
@@ -106,14 +112,17 @@ class Report:
         if bound is not None:
             error = f",{error_of(bound)}" if error_of(bound) else ""
             per_byte = "" if bound.loses_text else f", {bound.bits_per_byte:.4f} bits per byte"
-            self.say(
-                f"\nvalidation: {bound.bits_per_token:.4f} bits per token (unigram entropy {unigram_entropy:.4f})"
-                f"{error}{per_byte}"
-            )
+            told = f"validation: {bound.bits_per_token:.4f} bits per token (unigram entropy {unigram_entropy:.4f})"
+            self.say("\n" + wrapped(f"{told}{error}{per_byte}"))
         if counted is not None:
-            self.say(f"beside it, counting alone: {counted} bits per token")
+            self.say(wrapped(f"beside it, counting alone: {counted} bits per token"))
         for what, command in commands.items():
             self.say(f"{what + ':':<14}{command}")
+
+
+def wrapped(words: str) -> str:
+    """In lines of at most 80 columns, all but the first of them indented. Paths and names stay whole."""
+    return textwrap.fill(words, console.WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def step_line(row: dict, last_step: int, left: str, verbose: bool = False) -> str:

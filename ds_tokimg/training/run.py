@@ -11,6 +11,7 @@ from ds_tokimg.data.run_texts import RunTexts, file_of
 from ds_tokimg.data.sources import MissingTexts
 from ds_tokimg.errors import UserError, raise_problems
 from ds_tokimg.settings import engine_json, formats
+from ds_tokimg.settings.changes import changes
 from ds_tokimg.settings.command_line import GIVEN_JSON, has_checkpoint
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.files import check_folder, write_folder, write_text
@@ -48,9 +49,10 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
     config, read = budget.decide(config, parts)
-    notes = [*parts.notes, *texts_notes, *notes]
+    changed = dist.on_first_rank(lambda: changes(config, raw, resumed)) if resumed else []
+    notes = [*parts.notes, *texts_notes, *changed, *notes]
     steps = config.epochs * parts.steps_per_epoch(config.train_batch_size)
-    notes += [*automatic.short_schedule(steps, config), *beyond_the_run(config, steps), *parts.without_prompts(config)]
+    notes += [*automatic.short_schedule(steps, config), *beyond_the_run(config, steps), *parts.not_as_asked(config)]
     dist.on_first_rank(lock.take)
     dist.on_first_rank(lambda: check_output(config, resumed))  # another run may have been quicker
     dist.on_first_rank(lambda: restarts.note_start(config.output_dir, state.get("step", 0)))

@@ -67,7 +67,8 @@ class Gallery:
         tracker.picture("denoising", grid(rows, layout, tokenizer, GRID_WIDTH), step)
         watcher = Watcher(trained.model, trained.format.eos_id)
         steps = None if trained.model.writing.block_size else MOST_STEPS
-        room = trained.format.canvas * layout.slots or trained.format.max_tokens
+        # In one image: an answer has a place of its own there, what goes on with a beginning has the rest.
+        room = trained.format.canvas * layout.slots or trained.format.max_tokens - self._beginning
         options = SamplingOptions(steps=steps, seed=self.config.seed, max_new_tokens=min(MOST_TOKENS, room))
         texts = generate(trained, self._prompts(), options, watcher)
         tracker.picture("from_noise", strip(stages(watcher.frames), layout, tokenizer), step)
@@ -78,6 +79,12 @@ class Gallery:
         texts = self.parts.eval_set
         return texts.ids(0)[:MOST_TOKENS], texts.prompt_ids(0)
 
+    @property
+    def _beginning(self) -> int:
+        """Tokens of a held-out text that are to be continued. A character that is cut in two may become three tokens:
+        they fit into the smallest image."""
+        return min(PROMPT_TOKENS, self.parts.text_format.max_tokens // 4)
+
     def _prompts(self) -> list[str | None]:
         """Held-out prompts, of a model that answers. Else nothing, for texts from noise alone, and for every second
         text the beginning of one that is held out."""
@@ -85,9 +92,7 @@ class Gallery:
         numbers = [i % len(texts) for i in range(min(MOST_TEXTS, self.config.num_samples))]
         if self.config.enable_condition:
             return [decode(texts.prompt_ids(i)) for i in numbers]
-        # A character that is cut in two may become three tokens: they fit into the smallest image.
-        length = min(PROMPT_TOKENS, self.parts.text_format.max_tokens // 4)
-        beginnings = [decode(texts.ids(i)[:length], skip_special_tokens=True) for i in numbers]
+        beginnings = [decode(texts.ids(i)[: self._beginning], skip_special_tokens=True) for i in numbers]
         return [text if place % 2 and text else None for place, text in enumerate(beginnings)]
 
 

@@ -111,7 +111,10 @@ def test_commands(talks, monkeypatch, capsys):
     answers = [conversation(talks, "a?")[0], *(conversation(talks, "b?", seed=seed)[0] for seed in (1, 2))]
     assert printed.out.startswith("".join(f"{answer}\n" for answer in answers))
     assert "never asked" not in printed.out and "forgotten" in printed.err
-    assert printed.err.count("/reset   forget") == 2 and "unknown command /nonsense" in printed.err
+    assert printed.err.count("/reset   forget") == 1
+    assert "unknown command /nonsense; /help lists those that there are" in printed.err
+    assert chat("/rest\n", monkeypatch, "--checkpoint", talks) == 0
+    assert "unknown command /rest; did you mean '/reset'?" in capsys.readouterr().err
     assert chat("/retry\n", monkeypatch, "--checkpoint", talks) == 0
     assert "nothing to answer again" in capsys.readouterr().err
 

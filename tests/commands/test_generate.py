@@ -177,7 +177,9 @@ def test_texts_speed_and_json(exports, tmp_path, capsys):
     ]
     tokens = sum(row["num_tokens"] for row in rows)
     assert printed.out == "".join(f"{line}\n" for line in shown)
-    assert re.fullmatch(rf"3 texts, {tokens} tokens in [\d.]+ s: [\d,.]+ tokens per second\n", printed.err)
+    assert re.fullmatch(
+        rf"3 texts, {tokens} tokens in [\d.]+ s: [\d,.]+ tokens per second\nwritten: .*/texts.json\n", printed.err
+    )
     lm = load(exports["blocks"], device="cpu")
     again = lm.generate(["the cat"] * 3, 20, seed=5, top_k=30, num_inference_steps=2)
     for row, text in zip(rows, again, strict=True):

@@ -82,6 +82,13 @@ def test_what_was_left_open_is_decided_told_and_written_down(corpus, tmp_path):
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["optimizer"]["params"]["lr"] == config.lr
 
 
+def test_lines_fit_a_terminal(run):
+    """All but notes, which are sentences, what is to be copied, and the steps, which are --verbose here."""
+    lines = run[1].split("TensorBoard:")[0].splitlines()
+    long = [line for line in lines if len(line) > 80 and not line.startswith(("note: ", "step ", "saved ", "["))]
+    assert len(lines) > 10 and long == []
+
+
 def test_a_short_schedule_is_said_aloud(run):
     assert "too few to learn much: give --epochs above 1" in run[1]
 
@@ -90,7 +97,10 @@ def test_auto_starts_a_run_and_goes_on_with_it(corpus, tmp_path):
     """Several ranks decide alike."""
     flags = small_flags(corpus, tmp_path / "run", "--resume", "auto", "--save_interval", 2)
     assert "resumed" not in train_in_ranks(2, [*flags, "--max_steps", "2"])
-    assert "resumed" in train_in_ranks(2, flags)
+    printed = train_in_ranks(2, [*flags, "--lr", "2e-3"])
+    assert "resumed" in printed and "note: from here on --lr is 0.002; it was 0.001" in printed
+    printed = train_in_ranks(2, flags)
+    assert "nothing is left to train: step 4 is reached, and --max_steps ends at 4" in printed
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from ds_tokimg import __main__ as entry
 from ds_tokimg import choices
 from ds_tokimg.errors import UserError, nearest
-from ds_tokimg.settings.command_line import build_parser, flags_of, recipe_values, train_config
+from ds_tokimg.settings.command_line import INSTEAD, build_parser, flags_of, recipe_values, train_config
 from ds_tokimg.settings.config import TrainConfig
 
 FIELDS = dataclasses.fields(TrainConfig)
@@ -355,3 +356,10 @@ def test_the_recipes_that_come_along_have_no_problem(recipe):
     values = recipe_values(recipe)
     assert TrainConfig(data_path="x", recipe=recipe, **values).problems() == []
     assert values["model"] == "JiT-XS/2"
+
+
+@pytest.mark.parametrize("flag", ["--device", "--device=cuda", "--fp16"])
+def test_flags_of_other_programs_are_told_what_is_here_instead(flag):
+    said = f"unknown argument {flag!r}; instead: {INSTEAD[flag.split('=')[0]]}"
+    with pytest.raises(UserError, match=re.escape(said)):
+        train_config(["--data_path", "x", flag])

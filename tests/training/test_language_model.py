@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ds_tokimg import UserError, load
@@ -192,3 +193,44 @@ def test_loading_needs_no_deepspeed(folders):
     program = "import sys, ds_tokimg; ds_tokimg.load(sys.argv[1]); print('deepspeed' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", program, folders["at-once"]], capture_output=True, text=True)
     assert printed.stdout.strip() == "False", printed.stderr
+
+
+CALLS = {
+    "load(None)": lambda lm: load(None),
+    "device is 3: expected a text": lambda lm: load("x", device=3),
+    "weights is 'last': expected one of ema, trained": lambda lm: load("x", weights="last"),
+    "the prompt is 5: expected a text": lambda lm: lm(5),
+    "the prompt is ['a']: expected a text": lambda lm: lm(["a"]),
+    "prompts is 'some text': expected a list of texts": lambda lm: lm.generate("some text"),
+    "the prompt is 3: expected a text": lambda lm: lm.generate(["a", 3]),
+    "the text is None: expected a text": lambda lm: lm.bits(None),
+    "the text is b'a': expected a text": lambda lm: lm.image(b"a"),
+    "the text is 1: expected a text": lambda lm: lm.infill(1),
+    "top_k is 1.5; it must be a whole number or None": lambda lm: lm(top_k=1.5),
+    "seed is 'a'; it must be a whole number": lambda lm: lm(seed="a"),
+    "temperature is '1'; it must be a number": lambda lm: lm(temperature="1"),
+    "num_inference_steps is True; it must be a whole number or None": lambda lm: lm(num_inference_steps=True),
+    "max_new_tokens is 2.0; it must be a whole number or None": lambda lm: lm("a", 2.0),
+    "stop is (1,); it must be a text, or several": lambda lm: lm(stop=[1]),
+    "stop is 7; it must be a text, or several": lambda lm: lm(stop=7),
+    "unknown option 'topk'; did you mean 'top_k'? (there are seed,": lambda lm: lm(topk=3),
+}
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_a_value_of_another_type_is_one_clear_sentence(words, folders):
+    lm = load(folders["left-to-right"])
+    with pytest.raises(UserError, match=re.escape(words)):
+        CALLS[words](lm)
+
+
+def test_numbers_of_numpy_are_numbers(folders):
+    lm = load(folders["left-to-right"])
+    assert lm("the cat", 4, seed=np.int64(3), top_k=np.int32(5)) == lm("the cat", 4, seed=3, top_k=5)
+
+
+def test_it_says_in_a_line_what_it_is(folders):
+    words = repr(load(folders["left-to-right"], device="cpu"))
+    assert "\n" not in words and len(words) < 300
+    assert str(folders["left-to-right"]) in words and "writes blocks of 1 patch from left to right" in words
+    assert "answers prompts, on cpu" in repr(load(folders["answers"], device="cpu"))

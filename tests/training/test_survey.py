@@ -62,8 +62,13 @@ def test_prompts_pictures_and_what_is_left_out(tmp_path, capsys):
     (data / "pairs.jsonl").write_text("\n".join(lines))
     (data / "notes.pdf").write_text("x")
     flags = ["--enable_condition", "--skip_bad_records", "--save_images", tmp_path / "images", "--num_texts", 2]
+    flags += ["--vocab_size", 2000]
     report = previewed(tmp_path, data, *flags)
     assert report["texts"]["with_prompts"] == 60
+    assert any(
+        note.endswith("tokens and not 2,000 (--vocab_size): the texts are too short for more")
+        for note in report["notes"]
+    )
     assert report["samples"][0]["prompt"].startswith("What is")
     assert any("1 bad record" in note for note in report["notes"]) and any(
         "notes.pdf" in note for note in report["notes"]
@@ -71,7 +76,11 @@ def test_prompts_pictures_and_what_is_left_out(tmp_path, capsys):
     assert sorted(file.name for file in (tmp_path / "images").iterdir()) == ["image_0000.png", "image_0001.png"]
     with Image.open(tmp_path / "images" / "image_0000.png") as picture:
         assert len(picture.getcolors(1 << 16)) > 5
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert told.splitlines()[-2:] == [
+        f"written: {tmp_path / 'images'}, pictures of 2 image(s)",
+        f"written: {tmp_path / 'preview.json'}",
+    ]
     assert "What is" in printed and "is a\\nnumber" in printed
 
 
