@@ -33,6 +33,7 @@ class EntropicSchedule:
         self.band = band
         self.nats = torch.zeros(BINS, dtype=torch.float64)
         self.tokens = torch.zeros(BINS, dtype=torch.float64)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def width(self) -> float:
@@ -52,17 +53,31 @@ class EntropicSchedule:
 
     def warp(self, t: Tensor) -> Tensor:
         """Timesteps of any shape, log-SNR even over the band -> the learnt ones, float32."""
-        shares = self.shares()
-        ends = torch.cat([shares.new_zeros(1), shares.cumsum(0)]).float().to(t.device)
+        ends, shares = self._table(t.device)
         place = ((log_snr(t) - self.band.low) / (self.band.high - self.band.low)).clamp(0, 1)
         bins = (torch.searchsorted(ends, place, right=True) - 1).clamp(0, BINS - 1)
-        inside = (place - ends[bins]) / shares.float().to(t.device)[bins]
+        inside = (place - ends[bins]) / shares[bins]
         return timestep_of_log_snr(self.band.low + (bins + inside) * self.width)
 
     def density(self, t: Tensor) -> Tensor:
         """Probability density of log-SNR with which `warp` gives timestep t (any shape), float32."""
         value = log_snr(t)
-        return self.band.holds(value) * self.shares().float().to(t.device)[self._bins(value)] / self.width
+        return self.band.holds(value) * self._table(t.device)[1][self._bins(value)] / self.width
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(where each bin begins and the last one ends, as a share of all draws: [BINS + 1]; `shares` [BINS]), float32.
+
+        Sent once an update, and without waiting for the device.
+        """
+        if device not in self._tables:
+            shares = self.shares()
+            ends = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
+            table = torch.cat([ends, shares]).float()
+            if device.type != "cpu" and torch.accelerator.is_available():
+                table = table.pin_memory()
+            table = table.to(device, non_blocking=True)
+            self._tables = {device: (table[: BINS + 1], table[BINS + 1 :])}
+        return self._tables[device]
 
     def _bins(self, value: Tensor) -> Tensor:
         return ((value - self.band.low) / self.width).long().clamp(0, BINS - 1)
@@ -82,6 +97,7 @@ class EntropicSchedule:
         for kept, prefix in zip((self.nats, self.tokens), PREFIXES, strict=True):
             new = torch.tensor([float(sums[f"{prefix}{i:02d}"]) for i in range(BINS)], dtype=torch.float64)
             kept.mul_(DECAY).add_(new)
+        self._tables.clear()
 
     def state(self) -> dict[str, list[float]]:
         """As JSON values, exactly."""
@@ -90,3 +106,4 @@ class EntropicSchedule:
     def load_state(self, state: dict[str, list[float]]) -> None:
         self.nats = torch.tensor(state["nats"], dtype=torch.float64)
         self.tokens = torch.tensor(state["tokens"], dtype=torch.float64)
+        self._tables.clear()

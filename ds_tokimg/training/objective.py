@@ -136,8 +136,9 @@ class TrainingLoss(nn.Module):
         those at full noise where a token is drawn in one step (their `nats`, if they are known), else of the samples
         with one noise level whose tokens are not predicted in turn, over the noise levels that are trained."""
         mask = batch.mask
-        sums = {"valid_tokens": mask.sum(), "slots": mask.new_tensor(mask.numel(), dtype=torch.float64)}
-        sums["flops"] = mask.new_tensor(self.flops(batch), dtype=torch.float64)
+        # Filled on the device: a tensor that is made of a number here would have to be sent, and waited for.
+        number = partial(mask.new_full, (), dtype=torch.float64)
+        sums = {"valid_tokens": mask.sum(), "slots": number(mask.numel()), "flops": number(self.flops(batch))}
         if self.measure_bound and nats is not None and self.told.one_step:
             noisiest = (target.t >= self.model.noisiest - 1e-2)[..., None] & mask
             if batch.in_turn is not None:
