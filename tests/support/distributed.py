@@ -20,8 +20,8 @@ from ds_tokimg.engine.engine import TrainEngine, init_distributed
 
 POSITIONS = 6
 _context = multiprocessing.get_context("forkserver")
-# torch imports its compiler with the first optimiser.
-_context.set_forkserver_preload(["ds_tokimg.engine.engine", "torch._dynamo"])
+# What a run imports, most of it late: transformers with the tokenizer, torch its compiler with the first optimiser.
+_context.set_forkserver_preload(["tests.support.imports"])
 
 
 def run_ranks(world_size: int, function, *args, timeout: float = 60.0) -> list:
