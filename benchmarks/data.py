@@ -43,7 +43,7 @@ def main() -> None:
         print_head(tokenizer, args)
         print_tokenising(text, tokenizer, Path(folder), args.repetitions)
         print_images(text, tokenizer, Path(folder) / "cache")
-        print_opening(text, Path(folder))
+        print_opening(text, Path(folder), args.repetitions)
 
 
 def write_corpus(path: Path, megabytes: float) -> Path:
@@ -170,7 +170,7 @@ print(json.dumps({
 """
 
 
-def print_opening(text: Path, folder: Path) -> None:
+def print_opening(text: Path, folder: Path, repetitions: int) -> None:
     """A fresh process opens the cached corpus; memory is what the process grew by."""
     cache, small = folder / "cache", folder / "small.txt"
     small.write_text("a line\n")
@@ -178,7 +178,7 @@ def print_opening(text: Path, folder: Path) -> None:
         load_corpus(path, load_tokenizer(folder / "tokenizer"), cache_dir=cache)
     command = [sys.executable, "-c", OPEN, *map(str, (text, folder / "tokenizer", cache, small))]
     runs = []
-    for _ in range(5):
+    for _ in range(repetitions):
         output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
         runs.append(json.loads(output.splitlines()[-1]))
     seconds = [run["seconds"] for run in runs]

@@ -20,7 +20,6 @@ from statistics import median
 from benchmarks import ROOT
 from benchmarks.timing import print_row, print_table, print_title, ratios, spread, take_turns
 
-SMALL, LARGE = 64, 256
 PRECISIONS = {
     "bf16": {"bf16": {"enabled": True}},
     "bf16 autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
@@ -31,7 +30,10 @@ PRECISIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="JiT-S/4")
-    parser.add_argument("--images", type=int, default=16, help="of 64 pixels a side, in a step")
+    parser.add_argument("--images", type=int, default=16, help="small ones, in a step")
+    parser.add_argument(
+        "--sizes", type=int, nargs=2, default=(64, 256), help="pixels a side of small and of large images"
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -39,9 +41,10 @@ def main() -> None:
         work(**json.loads(args.worker))
         return
     print_title("Image size and precision: the training step")
-    base = {"model": args.model, "images": args.images, "img_size": SMALL, "blocks": {}}
-    large = base | {"images": max(1, args.images * SMALL**2 // LARGE**2), "img_size": LARGE}
-    compare_sizes({f"{SMALL} × {SMALL}": base, f"{LARGE} × {LARGE}": large}, args.repetitions)
+    small, large = args.sizes
+    base = {"model": args.model, "images": args.images, "img_size": small, "blocks": {}}
+    other = base | {"images": max(1, args.images * small**2 // large**2), "img_size": large}
+    compare_sizes({f"{size} × {size}": spec for size, spec in ((small, base), (large, other))}, args.repetitions)
     compare_precisions(
         {"fp32": base} | {name: base | {"blocks": b} for name, b in PRECISIONS.items()}, args.repetitions
     )
@@ -60,13 +63,14 @@ def compare_sizes(specs: dict[str, dict], repetitions: int) -> None:
         print_row(name, worker.images, *worker.per_image_and_token(seconds[name]), f"{worker.flops / 1e9:.1f}")
     times = [r * small.images / large.images for r in ratios(large_times, small_times)]
     memory = (large.peak / large.images) / (small.peak / small.images)
+    tokens = (large.spec["img_size"] / small.spec["img_size"]) ** 2
     print_row(
         "ratio",
         "",
         spread(times, 1),
-        spread([t / 16 for t in times]),
+        spread([t / tokens for t in times]),
         f"{memory:.1f}",
-        f"{memory / 16:.2f}",
+        f"{memory / tokens:.2f}",
         f"{large.flops / small.flops:.1f}",
     )
     print()
@@ -75,7 +79,8 @@ def compare_sizes(specs: dict[str, dict], repetitions: int) -> None:
 def compare_precisions(specs: dict[str, dict], repetitions: int) -> None:
     workers, seconds = measure(specs, repetitions)
     reference = workers["fp32"]
-    print(f"## Precision, {reference.spec['model']}, {SMALL} × {SMALL}, {reference.device}\n")
+    size = reference.spec["img_size"]
+    print(f"## Precision, {reference.spec['model']}, {size} × {size}, {reference.device}\n")
     print_table(
         "precision",
         "ms an image",

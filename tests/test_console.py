@@ -78,7 +78,7 @@ def screen(written: str) -> list[str]:
 
 def plainly(script: str, **environment: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment, timeout=180
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -125,7 +125,7 @@ def test_work_goes_on_where_nobody_listens():
     os.close(read)
     with os.fdopen(write) as broken:
         command = [sys.executable, "-c", script.replace('print("drawn by somebody else")', "pass")]
-        done = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, timeout=180)
     assert done.stderr.startswith("starting …") and "done" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -25,9 +25,9 @@ SCRIPTS = {
     "efficiency": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
     "overhead": "--model JiT-XS/8 --batch 1 --tokens 64 --repetitions 1",
     "lengths": "--batch 2 --repetitions 1 --data_path {text}",
-    "precision": "--model JiT-XS/8 --images 2 --repetitions 1",
+    "precision": "--model JiT-XS/8 --images 1 --sizes 16 32 --repetitions 1",
     "startup": "--repetitions 1 --data_path {text}",
-    "growth": "--parts corpus --megabytes 0.1 0.2",
+    "growth": "--parts corpus --megabytes 0.1",
     "data": "--megabytes 0.2 --repetitions 1",
     "writing": "--texts 1 --tokens 4 --repetitions 1",
 }

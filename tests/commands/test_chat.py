@@ -23,6 +23,8 @@ from ds_tokimg.inference.texts import TextStream, generate
 from tests.support.exports import write_export
 from tests.support.runs import ROOT
 
+QUICK = ("--num_inference_steps", 2)
+
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
@@ -37,20 +39,21 @@ def chat(typed: str | bytes, monkeypatch, *argv) -> int:
 
 @pytest.mark.parametrize("end", ["\n\nthe sun?\n", "\n", ""], ids=["empty line", "end of input", "no line break"])
 def test_every_line_is_answered_until_the_end(end, answers, monkeypatch, capsys):
-    assert chat("the sea?\nthe sea?" + end, monkeypatch, "--checkpoint", answers, "--seed", 4) == 0
+    assert chat("the sea?\nthe sea?" + end, monkeypatch, "--checkpoint", answers, "--seed", 4, *QUICK) == 0
     lm = load(answers)
-    expected = [lm.answer("the sea?", seed=seed) for seed in (4, 5)]
+    expected = [lm.answer("the sea?", seed=seed, num_inference_steps=2) for seed in (4, 5)]
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in expected)
 
 
 def test_the_chat_template_of_the_run_is_used(tmp_path, monkeypatch, capsys):
     folder = write_export(tmp_path / "export", enable_condition=True, use_chat_template=True)
-    assert chat("the sea?\n", monkeypatch, "--checkpoint", folder) == 0
+    assert chat("the sea?\n", monkeypatch, "--checkpoint", folder, *QUICK) == 0
     written = capsys.readouterr().out
     lm = load(folder)
     plain = load(write_export(tmp_path / "plain", enable_condition=True))
-    assert written == lm.answer("the sea?") + "\n" != plain.answer("the sea?") + "\n"
-    assert written == plain.answer("user: the sea?\nassistant: ") + "\n"
+    quick = {"num_inference_steps": 2}
+    assert written == lm.answer("the sea?", **quick) + "\n" != plain.answer("the sea?", **quick) + "\n"
+    assert written == plain.answer("user: the sea?\nassistant: ", **quick) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -121,16 +124,16 @@ def test_commands(talks, monkeypatch, capsys):
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_pairs(talks, monkeypatch, capsys):
     line = "the old house by the sea where it slept all day?"
-    assert chat(f"{line}\n" * 3, monkeypatch, "--checkpoint", talks) == 0
+    assert chat(f"{line}\n" * 3, monkeypatch, "--checkpoint", talks, *QUICK) == 0
     said = capsys.readouterr().err
     assert "the conversation is longer than 64 tokens: its oldest" in said and "are seen" not in said
 
 
 def test_draws_and_stops(answers, monkeypatch, capsys):
-    flags = ["--temperature", "0.5", "--top_k", "9", "--top_p", "0.9"]
+    flags = ["--temperature", "0.5", "--top_k", "9", "--top_p", "0.9", *QUICK]
     assert chat("the sea?\n", monkeypatch, "--checkpoint", answers, *flags) == 0
     written = capsys.readouterr().out.removesuffix("\n")
-    assert written == load(answers).answer("the sea?", temperature=0.5, top_k=9, top_p=0.9)
+    assert written == load(answers).answer("the sea?", temperature=0.5, top_k=9, top_p=0.9, num_inference_steps=2)
     stop = re.findall("[ -~]{2}", written)[1]
     assert chat("the sea?\n", monkeypatch, "--checkpoint", answers, *flags, "--stop", stop) == 0
     assert capsys.readouterr().out == written[: written.index(stop)] + "\n"
@@ -176,7 +179,8 @@ def test_ctrl_c_ends_it(answers, monkeypatch, capsys):
 @pytest.mark.parametrize("end", ["\n", "\x04", signal.SIGINT], ids=["empty line", "ctrl-d", "ctrl-c"])
 def test_in_a_real_terminal(end, answers):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "ds_tokimg", "chat", "--checkpoint", answers, "--device", "cpu"]
+    words = ["chat", "--checkpoint", answers, "--device", "cpu", *map(str, QUICK)]
+    command = [sys.executable, "-m", "ds_tokimg", *words]
     program = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
     os.close(theirs)
     try:
@@ -188,14 +192,14 @@ def test_in_a_real_terminal(end, answers):
         else:
             time.sleep(1)  # Python overhears a signal between its invitation and its waiting for a line
             program.send_signal(end)
-        assert program.wait(60) == 0
+        assert program.wait(180) == 0
     finally:
         program.kill()
         os.close(ours)
     assert "an empty one ends" in shown and "Traceback" not in shown
 
 
-def read_until(terminal: int, text: str, seconds: float = 60) -> str:
+def read_until(terminal: int, text: str, seconds: float = 180) -> str:
     """What a terminal shows until it ends with `text`; fails when nothing comes for so long."""
     shown = ""
     while not shown.endswith(text):

@@ -36,7 +36,7 @@ def start(*argv, **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **pipes)
 
 
-def told(process: subprocess.Popen, words: bytes, timeout: float = 120.0) -> bytes:
+def told(process: subprocess.Popen, words: bytes, timeout: float = 300.0) -> bytes:
     """What it writes to stderr up to some words."""
     written, deadline = b"", time.monotonic() + timeout
     while words not in written:
@@ -53,7 +53,7 @@ def interrupted(process: subprocess.Popen, words: bytes, code: int = 130) -> tup
     try:
         before = told(process, words)
         process.send_signal(signal.SIGINT)
-        out, after = process.communicate(timeout=60)
+        out, after = process.communicate(timeout=180)
     finally:
         process.kill()
         process.wait()
@@ -87,7 +87,7 @@ def test_a_pipe_that_nobody_reads_is_no_traceback(command):
     os.close(read)
     process = start(*command, stdout=write)
     os.close(write)
-    assert process.communicate(timeout=60)[1] == b""
+    assert process.communicate(timeout=180)[1] == b""
     assert process.returncode in (0, 141)  # argparse ends by itself
 
 

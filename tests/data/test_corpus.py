@@ -185,9 +185,9 @@ def test_processes_that_start_together_share_one_cache(tokenizer, tmp_path):
     ranks = [context.Process(target=_load_in_process, args=arguments) for _ in range(3)]
     for rank in ranks:
         rank.start()
-    sums = {results.get(timeout=60) for _ in ranks}
+    sums = {results.get(timeout=180) for _ in ranks}
     for rank in ranks:
-        rank.join(timeout=60)
+        rank.join(timeout=180)
     assert len(sums) == 1 and [rank.exitcode for rank in ranks] == [0, 0, 0]
     assert sum(p.is_dir() for p in (tmp_path / "cache").iterdir()) == 1
 

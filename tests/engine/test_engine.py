@@ -27,8 +27,9 @@ from tests.support.distributed import (
 )
 
 STEPS = 6
-PARTITIONS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]  # (ranks, accumulation)
-QUICK = {(0, 1, 4), (0, 2, 2), (1, 2, 1), (1, 1, 2), (2, 2, 2), (3, 2, 1), (3, 4, 2)}
+# (stage, ranks, accumulation): each stage on each number of ranks, and with each accumulation. All have been run once.
+QUICK = [(0, 1, 4), (0, 2, 2), (1, 2, 1), (1, 1, 2), (2, 2, 2), (3, 2, 1), (3, 4, 2)]
+PARTITIONS = [(0, 4, 1), (1, 4, 2), (1, 2, 4), (2, 1, 1), (2, 4, 1), (2, 2, 4), (3, 1, 4)]
 
 
 def _learning_rate(step: int) -> float:
@@ -66,11 +67,7 @@ def _train(dist, stage, accumulation, blocks):
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "accumulation"),
-    [
-        pytest.param(stage, *partition, marks=[] if (stage, *partition) in QUICK else pytest.mark.slow)
-        for stage in range(4)
-        for partition in PARTITIONS
-    ],
+    QUICK + [pytest.param(*partition, marks=pytest.mark.slow) for partition in PARTITIONS],
 )
 def test_every_partition_trains_as_one_plain_batch(stage, ranks, accumulation):
     per_rank = run_ranks(ranks, _train, stage, accumulation, {})
@@ -297,7 +294,7 @@ def _lose_a_rank(dist, stage, is_killed):
     if dist.rank == 1:
         if is_killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(200)
     with pytest.raises(TrainingError, match="another rank no longer answers") as caught:
         train(engine, 1)
     return str(caught.value)
@@ -307,7 +304,7 @@ def _lose_a_rank(dist, stage, is_killed):
 def test_a_rank_that_is_lost_ends_the_others(stage, is_killed, reason):
     processes, results = start_ranks(2, _lose_a_rank, stage, is_killed, timeout_minutes=0.05)
     try:
-        rank, message, error = pickle.loads(results.get(timeout=40))
+        rank, message, error = pickle.loads(results.get(timeout=150))
         assert rank == 0 and error is None, error
         assert re.search(reason, message)
     finally:
@@ -326,6 +323,6 @@ def test_plain_python_is_one_rank_and_quiet():
     )
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CXX")
     environment = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("DS_")}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "0 1 2\n", done.stdout + done.stderr
     assert "Warning" not in done.stderr and "WARNING" not in done.stderr, done.stderr

@@ -98,7 +98,7 @@ def _expected(before: dict, change: dict) -> dict:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_the_json_of_a_resumed_run_moves_the_weights(stage, tmp_path):
-    seen = run_ranks(2, _resume_with_each, stage, tmp_path, timeout=120)[0]
+    seen = run_ranks(2, _resume_with_each, stage, tmp_path)[0]
     unchanged = seen["nothing"][1]
     for name, change in CHANGES.items():
         before, after = seen[name]

@@ -36,7 +36,7 @@ print([key for key in before if before[key] != after[key]])
 
 
 def test_importing_the_engine_changes_nothing():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -74,5 +74,5 @@ def test_muon_is_imported_uncompiled():
         "from deepspeed.runtime.zero.muon import original_muon as muon; import sys;"
         "print(muon.zeropower_via_newtonschulz5.__module__, 'torch._dynamo' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.split()[-2:] == ["deepspeed.runtime.zero.muon.original_muon", "False"]

@@ -95,7 +95,7 @@ def _resume(dist, folder):
 
 def test_a_run_goes_on_as_it_would_have(untouched, expected, tmp_path):
     folder = shutil.copytree(untouched, tmp_path / "work")
-    run_ranks(1, _resume, folder, timeout=120)
+    run_ranks(1, _resume, folder)
     rows = metrics(folder / "at_once")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row, then in zip(rows, expected["resumed"], strict=True):

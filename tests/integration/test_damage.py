@@ -141,7 +141,7 @@ def test_no_damage_to_a_checkpoint_breaks_a_resume(made, tmp_path):
                     seal_again(checkpoint)
                 cases.append(["--resume", str(checkpoint), "--max_steps", "3"])
                 names.append((name, damage, sealed))
-    for name, outcome in zip(names, run_ranks(1, _outcomes, cases, timeout=300)[0], strict=True):
+    for name, outcome in zip(names, run_ranks(1, _outcomes, cases)[0], strict=True):
         assert not outcome.startswith(("TRACEBACK", "trained")), (name, outcome)
         assert "step_00000002" in outcome and outcome.count("\n") < 4, (name, outcome)
     assert not list(tmp_path.rglob("unpickled"))
@@ -155,7 +155,7 @@ def test_broken_settings_of_a_run_are_named(made, tmp_path):
             shutil.copytree(made["run"], run)
             DAMAGES[damage](run / name)
             cases.append((run, name, damage, ["--resume", "latest", "--output_dir", str(run), "--max_steps", "2"]))
-    outcomes = run_ranks(1, _outcomes, [flags for *_, flags in cases], timeout=300)[0]
+    outcomes = run_ranks(1, _outcomes, [flags for *_, flags in cases])[0]
     for (_, name, damage, _), outcome in zip(cases, outcomes, strict=True):
         assert not outcome.startswith("TRACEBACK"), (name, damage, outcome)
 
@@ -167,7 +167,7 @@ def test_broken_models_are_nothing_to_start_from(made, tmp_path):
             folder = shutil.copytree(made["export"], tmp_path / f"export{len(cases)}")
             DAMAGES[damage](folder / name)
             cases.append(small_flags(made["corpus"], tmp_path / f"run{len(cases)}", "--init_from", folder))
-    for outcome in run_ranks(1, _outcomes, cases, timeout=300)[0]:
+    for outcome in run_ranks(1, _outcomes, cases)[0]:
         assert not outcome.startswith(("TRACEBACK", "trained")) and "export" in outcome, outcome
 
 
@@ -203,7 +203,7 @@ def test_code_is_refused_by_its_name(made, tmp_path):
             seal_again(path.parent)
             paths.append(path)
             cases.append(["--resume", "latest", "--output_dir", str(run), "--max_steps", "3"])
-    outcomes = run_ranks(1, _outcomes, cases, timeout=200)[0]
+    outcomes = run_ranks(1, _outcomes, cases)[0]
     for path, outcome in zip(paths, outcomes, strict=True):
         assert outcome.startswith(f"{path}: ") and "\n" not in outcome
     assert sum("holds something else than tensors" in outcome and "mkdir" in outcome for outcome in outcomes) >= 2
@@ -233,7 +233,7 @@ def test_checkpoints_by_other_names_and_in_other_places(made, tmp_path, monkeypa
         ["--resume", str(copied), "--max_steps", "3", "--output_dir", str(again)],
         ["--resume", str(tmp_path / "link"), "--max_steps", "3"],
     ]
-    first, second, third, fourth = run_ranks(1, _outcomes, cases, timeout=120)[0]
+    first, second, third, fourth = run_ranks(1, _outcomes, cases)[0]
     assert first == third == fourth == "trained"
     assert "is a checkpoint outside of its run: name a folder to go on in" in second
     rows, others = metrics(run)[-1], metrics(again)[-1]

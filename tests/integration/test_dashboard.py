@@ -150,7 +150,7 @@ def ask(server: str, path: str, **question):
     """GET, or POST of JSON; the run that is asked about is the first."""
     data = json.dumps(question["json"]).encode() if question else None
     request = urllib.request.Request(f"{server}data/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return json.loads(answer.read())
 
 

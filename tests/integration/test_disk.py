@@ -77,7 +77,7 @@ def test_a_disk_that_is_full_for_a_while_costs_what_was_due_then(ranks, disk, co
     folder = disk / "run"
     flags = small_flags(corpus, folder, *QUIET, "--max_steps", 16, "--save_interval", 4, "--keep_checkpoints", 2)
     harms = {5: ("fill", disk), 13: ("remove", disk / "filler")}  # rows of more than a page in between
-    printed, error = run_ranks(ranks, _harmed, flags, harms, timeout=180)[0]
+    printed, error = run_ranks(ranks, _harmed, flags, harms)[0]
     assert error is None
     assert printed.count("metrics.jsonl cannot be written: No space left on device") == 1
     assert printed.count("metrics.jsonl can be written again") == 1
@@ -104,7 +104,7 @@ def _readable(path: Path) -> list[int]:
 def test_a_last_save_that_fails_is_a_failed_run(disk, corpus):
     folder = disk / "run"
     flags = small_flags(corpus, folder, *QUIET, "--max_steps", 6, "--save_interval", 2)
-    _, error = run_ranks(1, _harmed, flags, {5: ("fill", disk)}, timeout=120)[0]
+    _, error = run_ranks(1, _harmed, flags, {5: ("fill", disk)})[0]
     assert error.startswith(f"cannot write into {folder}: the disk is full") and error.endswith("are as they were")
     assert sorted(path.name for path in (folder / "checkpoints").glob("*step*")) == ["step_00000002", "step_00000004"]
     assert checkpoints.find(folder).name == "step_00000004"
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_message(disk, corpus):
 def test_a_folder_that_is_deleted_is_not_made_again(corpus, tmp_path):
     folder = tmp_path / "run"
     flags = small_flags(corpus, folder, *QUIET, "--max_steps", 6, "--save_interval", 2)
-    printed, error = run_ranks(2, _harmed, flags, {3: ("delete", folder)}, timeout=120)[0]
+    printed, error = run_ranks(2, _harmed, flags, {3: ("delete", folder)})[0]
     assert printed.count("metrics.jsonl cannot be written") == 1 and printed.count("step 4 is not saved") == 1
     assert error == f"{folder} is gone (deleted or moved while the run was writing into it)"
     assert not folder.exists()
@@ -141,7 +141,7 @@ def test_a_folder_that_becomes_read_only_is_one_message(disk, corpus):
     flags = small_flags(corpus, folder, *QUIET, "--max_steps", 7, "--save_interval", 3)
     # A second mount, as a disk with files that are open for writing does not become read-only.
     mounts = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
-    printed, error = run_ranks(1, _harmed, flags, {4: ("run", ["sh", "-c", mounts])}, timeout=120)[0]
+    printed, error = run_ranks(1, _harmed, flags, {4: ("run", ["sh", "-c", mounts])})[0]
     assert printed.count("metrics.jsonl cannot be written: Read-only file system") == 1
     assert printed.count("step 6 is not saved: cannot write into") == 1
     assert "Read-only file system" in error and checkpoints.find(folder).name == "step_00000003"

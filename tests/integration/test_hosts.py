@@ -62,7 +62,7 @@ def saved(run: Path) -> int:
 
 
 def wait_for_step(run: Path, step: int, calls) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while saved(run) < step:
         for call in calls:
             assert call.poll() is None, call.communicate()[0]
@@ -70,12 +70,12 @@ def wait_for_step(run: Path, step: int, calls) -> None:
         time.sleep(0.05)
 
 
-def end_of(call, timeout: float = 60) -> tuple[int, str]:
+def end_of(call, timeout: float = 240) -> tuple[int, str]:
     printed, _ = call.communicate(timeout=timeout)
     return call.returncode, printed
 
 
-def wait_for_the_end(hosts, names, seconds: float = 30) -> None:
+def wait_for_the_end(hosts, names, seconds: float = 120) -> None:
     """Until no process of a run is left on these hosts."""
     deadline = time.monotonic() + seconds
     while any("ds_tokimg train" in hosts.run(name, "ps -eo args") for name in names):
@@ -90,7 +90,7 @@ def reference(hosts, project, environment) -> list[dict]:
     command += f"-m ds_tokimg train {flags('torchrun')}"
     calls = [hosts.start(host, command, project, environment) for host in ADDRESSES]
     for call in calls:
-        code, printed = end_of(call, 120)
+        code, printed = end_of(call)
         assert code == 0, printed
     assert [row["step"] for row in metrics(project / "torchrun")] == list(range(1, STEPS + 1))
     return learned(metrics(project / "torchrun"))
@@ -140,7 +140,7 @@ def test_a_lost_host_ends_the_run_and_the_other_resumes_it_alone(launcher, hosts
     assert LOST_AT <= step < STEPS
     command = f"python -m ds_tokimg train --resume latest --output_dir {run} --max_steps {STEPS}"
     resume = hosts.start("node1", command, project, environment)
-    code, printed = end_of(resume, 120)
+    code, printed = end_of(resume)
     assert code == 0 and re.search(rf"step_0*{step}\b.* was written by 2 ranks.*this run has 1 rank", printed), printed
     rows = learned(metrics(run))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

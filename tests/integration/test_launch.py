@@ -53,7 +53,7 @@ def stopped(command: str, run: str, project: Path, environment: dict) -> str:
     try:
         wait_for_steps(project / run, script, log)
         script.send_signal(signal.SIGTERM)
-        script.wait(timeout=150)
+        script.wait(timeout=300)
         assert processes_of(run) == []
         return log.read_text()
     finally:
@@ -94,7 +94,7 @@ def test_a_signal_to_the_training_script_before_the_first_step_ends_it(seconds, 
     try:
         time.sleep(seconds)
         script.send_signal(signal.SIGTERM)
-        assert script.wait(timeout=90) in (0, -signal.SIGTERM)  # the latter: before its first line
+        assert script.wait(timeout=240) in (0, -signal.SIGTERM)  # the latter: before its first line
         assert processes_of(f"early-{seconds}") == []
         assert not (project / f"early-{seconds}" / "checkpoints").exists()
     finally:

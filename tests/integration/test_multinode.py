@@ -73,7 +73,7 @@ def start(project: Path, launcher: str, *words: str, **variables: str) -> Path:
         **variables,
     }
     command = ["bash", "launch/multinode.sh", "hostfile", *words]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return top / "seen"
 

@@ -318,7 +318,7 @@ HEAVY = "{'torch', 'deepspeed', 'numpy', 'transformers'} & set(sys.modules)"
 
 
 def run_python(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=os.environ, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=os.environ, stdout=subprocess.DEVNULL)
 
 
 def test_import_is_lazy_and_complete():

@@ -20,11 +20,11 @@ from ds_tokimg.engine.engine import TrainEngine, init_distributed
 
 POSITIONS = 6
 _context = multiprocessing.get_context("forkserver")
-# torch imports its compiler with the first optimiser.
-_context.set_forkserver_preload(["ds_tokimg.engine.engine", "torch._dynamo"])
+# What a run imports, most of it late: transformers with the tokenizer, torch its compiler with the first optimiser.
+_context.set_forkserver_preload(["tests.support.imports"])
 
 
-def run_ranks(world_size: int, function, *args, timeout: float = 60.0) -> list:
+def run_ranks(world_size: int, function, *args, timeout: float = 300.0) -> list:
     """`function(dist, *args)` on fresh ranks -> their results in rank order.
 
     `function` is a module's own function; its results are small and picklable. Fails with the first rank's traceback,
@@ -34,7 +34,7 @@ def run_ranks(world_size: int, function, *args, timeout: float = 60.0) -> list:
     try:
         values = _collect(processes, results, time.monotonic() + timeout)
         for process in processes:
-            process.join(5)  # they leave together
+            process.join(30)  # they leave together
         return values
     finally:
         for process in processes:
@@ -42,7 +42,7 @@ def run_ranks(world_size: int, function, *args, timeout: float = 60.0) -> list:
             process.join()
 
 
-def start_ranks(world_size: int, function, *args, timeout_minutes: float = 0.5) -> tuple[list, multiprocessing.Queue]:
+def start_ranks(world_size: int, function, *args, timeout_minutes: float = 4.0) -> tuple[list, multiprocessing.Queue]:
     """Started processes, one per rank, and the queue in which each puts (rank, result, traceback), pickled.
 
     `timeout_minutes` is the collectives' own: how long ranks wait for one that hangs.

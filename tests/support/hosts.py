@@ -91,7 +91,7 @@ class Hosts:
         self.calls.append(call)
         return call
 
-    def run(self, host: str, command: str, timeout: float = 20.0) -> str:
+    def run(self, host: str, command: str, timeout: float = 120.0) -> str:
         """The output of a short shell command on a host, however it ends."""
         call = self.start(host, command, Path("/"), {"LC_ALL": "C"})
         return call.communicate(timeout=timeout)[0]
@@ -135,7 +135,7 @@ class Hosts:
         isolate = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         script = HOST.format(name=name, sshd=SSHD)
         self.processes[name] = subprocess.Popen([*enter, *isolate, "sh", "-c", script], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.run(name, "hostname").strip() != name:
             assert time.monotonic() < deadline, f"{name} does not answer"
             time.sleep(0.1)

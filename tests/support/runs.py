@@ -44,7 +44,7 @@ def small_flags(data_path, output_dir, *more) -> list[str]:
     return [*paths, *defaults.split(), *intervals.split(), *map(str, more)]
 
 
-def train_in_ranks(world_size: int, flags: list[str], timeout: float = 120.0) -> str:
+def train_in_ranks(world_size: int, flags: list[str], timeout: float = 300.0) -> str:
     """`python -m ds_tokimg train FLAGS` on forked ranks with a tiny model -> what rank 0 printed."""
     return run_ranks(world_size, _train, flags, timeout=timeout)[0]
 

@@ -54,7 +54,7 @@ def test_a_second_ctrl_c_ends_a_rank_that_waits_for_another():
         time.sleep(1.5)
         process.send_signal(signal.SIGINT)
         assert "SIGINT again: ended at once" in process.stdout.readline()
-        assert process.wait(timeout=20) == 128 + signal.SIGINT
+        assert process.wait(timeout=90) == 128 + signal.SIGINT
 
 
 def test_a_run_that_has_been_asked_to_stop_begins_nothing_more():
@@ -69,10 +69,10 @@ def test_before_the_first_step_a_signal_is_a_clean_end(number):
     with started(EARLY) as process:
         process.send_signal(number)
         assert "ended. The run had not begun its first step" in process.stdout.readline()
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=90) == 0
 
 
 def test_signals_of_the_workers_of_a_pool_are_their_own():
     with started(POOL) as process:
-        assert process.communicate(timeout=20)[0] == "[1, 2]\ngoes on\n"
+        assert process.communicate(timeout=90)[0] == "[1, 2]\ngoes on\n"
         assert process.returncode == 0
