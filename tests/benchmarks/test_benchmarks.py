@@ -24,6 +24,7 @@ SCRIPTS = {
     "lengths": "--batch 2 --repetitions 1 --data_path {text}",
     "precision": "--model JiT-XS/8 --images 2 --repetitions 1",
     "startup": "--repetitions 1 --data_path {text}",
+    "faults": "--kills 2 --ranks 1",
     "growth": "--parts corpus --megabytes 0.1 0.2",
     "data": "--megabytes 0.2 --repetitions 1",
     "writing": "--texts 1 --tokens 4 --repetitions 1",
