@@ -25,6 +25,7 @@ SCRIPTS = {
     "precision": "--model JiT-XS/8 --images 2 --repetitions 1",
     "startup": "--repetitions 1 --data_path {text}",
     "faults": "--kills 2 --ranks 1",
+    "soak": "--steps 60 --data_path {text}",
     "growth": "--parts corpus --megabytes 0.1 0.2",
     "data": "--megabytes 0.2 --repetitions 1",
     "writing": "--texts 1 --tokens 4 --repetitions 1",
