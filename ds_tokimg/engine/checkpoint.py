@@ -204,6 +204,7 @@ def load(engine: TrainEngine, checkpoint: str | Path, work_dir: str | Path | Non
         else:
             elastic.load(engine, checkpoint, saved, names, Path(work_dir or checkpoint.parent))
         engine.resume_schedule()
+    engine.dist.progress.step = engine.global_steps
     with _reading(checkpoint / RNG):
         _restore_generators(checkpoint, engine.dist.rank)
     return state

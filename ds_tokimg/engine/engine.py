@@ -369,11 +369,15 @@ class TrainEngine:
         self.engine.checkpoint_engine.load = lambda path, map_location=None: read_engine_file(Path(path))
         # It would look for this one file with the folder's name as a pattern: in `run1` for a run in `run[1]`.
         self.engine._get_all_ckpt_names = lambda root, tag: [self.engine._get_ckpt_name(root, tag)]
+        scaler = self.shards.zero.loss_scaler if self.stage > 0 else None
         loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:
             raise TrainingError(f"DeepSpeed could not load {folder}")
-        if self.stage > 0:  # it has taken the checkpoint's
-            self.shards.zero.clip_grad = self.max_grad_norm
+        if scaler is not None:  # it has taken the checkpoint's settings in place of the JSON's
+            zero = self.shards.zero
+            zero.clip_grad = self.max_grad_norm
+            saved, zero.loss_scaler, zero.dynamic_loss_scale = zero.loss_scaler, scaler, scaler.dynamic
+            self.restore_loss_scaler({"loss_scaler": saved})
 
     def restore_counters(self, saved: dict) -> None:
         """Counters and schedule from the engine's model file of another layout."""
@@ -383,10 +387,12 @@ class TrainEngine:
             self.engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
 
     def restore_loss_scaler(self, saved: dict) -> None:
-        """The dynamic loss scale of an fp16 run; one that was not in fp16 has none."""
-        scaler = saved.get("loss_scaler")
-        if self.engine.fp16_enabled() and isinstance(scaler, type(self.engine.optimizer.loss_scaler)):
-            self.engine.optimizer.loss_scaler = scaler
+        """The dynamic loss scale of an fp16 run, and how often it has overflowed; window, hysteresis and lowest scale
+        are the JSON's. A run that was not in fp16, and a scale that the JSON fixes, have none."""
+        old, zero = saved.get("loss_scaler"), self.engine.optimizer
+        if self.engine.fp16_enabled() and isinstance(old, DynamicLossScaler) and zero.loss_scaler.dynamic:
+            for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
+                setattr(zero.loss_scaler, name, getattr(old, name))
 
     def resume_schedule(self) -> None:
         """The rate of the next step, from the JSON's schedule as it is now and the position in the checkpoint."""

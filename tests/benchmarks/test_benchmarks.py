@@ -27,6 +27,8 @@ SCRIPTS = {
     "lengths": "--batch 2 --repetitions 1 --data_path {text}",
     "precision": "--model JiT-XS/8 --images 1 --sizes 16 32 --repetitions 1",
     "startup": "--repetitions 1 --data_path {text}",
+    "faults": "--kills 2 --ranks 1",
+    "soak": "--steps 60 --data_path {text}",
     "growth": "--parts corpus --megabytes 0.1",
     "data": "--megabytes 0.2 --repetitions 1",
     "writing": "--texts 1 --tokens 4 --repetitions 1",

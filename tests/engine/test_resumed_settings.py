@@ -60,6 +60,7 @@ def _resume_with_each(dist, stage, folder) -> dict:
     for name, change in CHANGES.items():
         engine = _engine(dist, stage, change)
         engine.load(checkpoint.find(folder, "latest", dist), folder)
+        assert dist.progress.step == STEPS  # what the others say of this rank, should it be lost before its next step
         before = full_state(engine)
         train(engine, 1)
         seen[name] = (before, full_state(engine))
@@ -107,3 +108,33 @@ def test_the_json_of_a_resumed_run_moves_the_weights(stage, tmp_path):
             torch.testing.assert_close(after[f"{weight}/fp32"], expected, rtol=1e-4, atol=1e-6, msg=f"{name}: {weight}")
         moved = any(not torch.allclose(after[key], unchanged[key], rtol=1e-4) for key in after if "/fp32" in key)
         assert moved == (name != "nothing"), name
+
+
+def _loss_scales(dist, stage, folder) -> list:
+    """Loss scales of the four steps after a resume under each of some settings of fp16."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # in software, slowly
+    usual = {"enabled": True, "initial_scale_power": 6, "loss_scale_window": 100}
+    engine = tiny_engine(dist, stage, fp16=usual)
+    train(engine, 3)
+    engine.save(folder, {})
+    scales = []
+    for change in ({}, {"initial_scale_power": 9}, {"loss_scale_window": 2}, {"loss_scale": 32}):
+        engine = tiny_engine(dist, stage, fp16=usual | change)
+        engine.load(checkpoint.find(folder, "latest", dist), folder)
+        scales.append([result.loss_scale for result in train(engine, 4)])
+    return scales
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_json_of_a_resumed_run_says_how_the_loss_scale_changes(stage, tmp_path):
+    unchanged, another_start, window, fixed = run_ranks(2, _loss_scales, stage, tmp_path)[0]
+    assert unchanged == another_start == [64] * 4
+    assert window == [
+        64,
+        128,
+        128,
+        256,
+    ]  # doubled where an even number of steps has gone before, those of the first run too
+    assert fixed == [32] * 4

@@ -69,22 +69,37 @@ def assert_saved(run: Path, printed: str) -> None:
     assert (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
 
 
-# Cells that differ: who is signalled decides who is left to end the ranks.
+# Cells that differ: who is signalled decides who is left to end the ranks. `all` with SIGINT is Ctrl-C in a terminal.
 CASES = [
     Case("train.sh", signal.SIGTERM, "launcher"),
+    Case("train.sh", signal.SIGINT, "launcher"),
     Case("train.sh", signal.SIGKILL, "launcher"),
+    Case("train.sh", signal.SIGTERM, "rank"),
     Case("deepspeed", signal.SIGTERM, "launcher"),
+    Case("deepspeed", signal.SIGINT, "all"),
+    Case("deepspeed", signal.SIGKILL, "launcher"),
+    Case("deepspeed", signal.SIGKILL, "rank"),
+    Case("torchrun", signal.SIGTERM, "launcher"),
+    Case("torchrun", signal.SIGINT, "all"),
     Case("torchrun", signal.SIGKILL, "launcher"),
+    Case("torchrun", signal.SIGKILL, "rank"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_when_a_launcher_ends_the_run_is_saved_and_nothing_is_left(case, project):
+def test_however_a_run_ends_nothing_is_left_of_it_and_what_can_be_saved_is(case, project):
     """Ranks that nobody sees any more would hold their accelerators."""
     end = outcome(case, project)
     assert end.left == [] and "2 rank(s)" in end.printed, end.printed
-    assert end.saved == end.steps, end.printed
-    assert case.launcher != "train.sh" or end.code == (0 if case.signal == signal.SIGTERM else -signal.SIGKILL)
+    if (case.signal, case.to) == (signal.SIGKILL, "rank"):
+        assert end.code != 0 and "is gone, at step" in end.printed, end.printed
+    else:
+        assert end.saved == end.steps, end.printed
+    if case.launcher == "train.sh":
+        assert end.code == (-signal.SIGKILL if case.signal == signal.SIGKILL else 0), end.printed
+    if case.launcher == "torchrun" and "Traceback" in end.printed and case.signal != signal.SIGKILL:
+        announced, its_own = (end.printed.index(words) for words in ("the run has ended well", "Traceback"))
+        assert announced < its_own, end.printed
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 4.0])
