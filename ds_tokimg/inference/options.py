@@ -93,3 +93,21 @@ class SamplingOptions:
                 f"temperature, top_k and top_p change how tokens are drawn, and the sampler {self.sampler} draws none: "
                 "leave them out, or take ancestral"
             )
+
+
+def guidance_problem(guidance_scale: float, answers: bool, has_prompt: bool) -> str | None:
+    """Why a model cannot be guided, or None.
+
+    Args:
+        answers: the model was trained with conditions.
+    """
+    if guidance_scale == 1:
+        return None
+    if not answers:
+        return (
+            f"guidance_scale is {guidance_scale:g}, but this model was trained without conditions: "
+            "leave it out, or train with --enable_condition"
+        )
+    if not has_prompt:
+        return f"guidance_scale is {guidance_scale:g}, but there is no prompt to follow: give one"
+    return None
