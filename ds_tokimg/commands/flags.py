@@ -49,7 +49,7 @@ def sampling_options(arguments: argparse.Namespace, **more) -> SamplingOptions:
             **more,
         )
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError("\n".join(f"--{problem}" for problem in str(error).split("\n"))) from None
 
 
 def answers_prompts(checkpoint: str) -> bool | None:

@@ -276,3 +276,11 @@ def test_numbers_of_evaluate_are_told_together_and_first(capsys):
     assert main(["evaluate", "--checkpoint", "none", "--data_path", "none.txt", *numbers]) == 2
     told = capsys.readouterr().err
     assert "--noise_levels 0: at least 1" in told and "--block_size -1: at least 0" in told
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_mistakes_in_how_texts_are_drawn_are_told_together(command, capsys):
+    wrong = ["--temperature", "-1", "--top_k", "0", "--top_p", "2", "--max_new_tokens", "0"]
+    assert main([command, "--checkpoint", "none", *wrong]) == 2
+    told = capsys.readouterr().err.removeprefix("error: ").splitlines()
+    assert [line.split()[0] for line in told] == wrong[::2]
