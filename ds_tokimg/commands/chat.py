@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ds_tokimg.commands.flags import add_draws, parser_with_model, sampling_options
+from ds_tokimg.commands.flags import add_draws, answers_prompts, parser_with_model, sampling_options
 from ds_tokimg.console import starting
 from ds_tokimg.errors import UserError, nearest
 from ds_tokimg.inference.options import SamplingOptions
@@ -35,16 +35,13 @@ COMMANDS = [line.split()[0] for line in HELP.splitlines()[:-1]]
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     options = sampling_options(arguments)
+    _check_answers(arguments.checkpoint, answers_prompts(arguments.checkpoint))
     with starting():
         from ds_tokimg.inference import fitness
         from ds_tokimg.inference.loading import load_trained
 
         trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
-    if not trained.format.enable_condition:
-        raise UserError(
-            f"{arguments.checkpoint} was trained without --enable_condition: it continues texts and answers nothing; "
-            f"use ds-tokimg generate --checkpoint {arguments.checkpoint} --prompt TEXT"
-        )
+    _check_answers(arguments.checkpoint, trained.format.enable_condition)
     fitness.check(trained, options)
     chat = _Chat(trained, options, remembers=trained.format.use_chat_template and not arguments.no_history)
     at_terminal = sys.stdin.isatty()
@@ -52,6 +49,15 @@ def main(argv: list[str]) -> int:
         print(f"{chat.introduction} /help lists commands; an empty one ends.")
     _talk(chat, at_terminal)
     return 0
+
+
+def _check_answers(checkpoint: str, answers: bool | None) -> None:
+    """UserError for a model that was trained without conditions. None: nobody knows yet."""
+    if answers is False:
+        raise UserError(
+            f"{checkpoint} was trained without --enable_condition: it continues texts and answers nothing; "
+            f"use ds-tokimg generate --checkpoint {checkpoint} --prompt TEXT"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ds_tokimg.commands.flags import parser_with_model
 from ds_tokimg.commands.output import check_outputs, write_json
 from ds_tokimg.console import starting
-from ds_tokimg.errors import UserError
+from ds_tokimg.errors import UserError, raise_problems
 from ds_tokimg.settings.command_line import path
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ SPLITS = ("auto", "eval", "train", "all")
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.noise_levels is not None and arguments.noise_levels < 1:
-        raise UserError(f"--noise_levels {arguments.noise_levels}: at least 1")
+    _check_numbers(arguments)
     check_outputs(arguments.json)
     with starting():
         from ds_tokimg.inference.loading import load_trained
@@ -53,6 +52,20 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         write_json(arguments.json, as_json(bound) | dataclasses.asdict(measured))
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """One UserError for all numbers that no model can be measured with."""
+    least = {"noise_levels": 1, "block_size": 0}
+    given = {name: getattr(arguments, name) for name in least}
+    raise_problems(
+        "these cannot be used:",
+        [
+            f"--{name} {value}: at least {least[name]}"
+            for name, value in given.items()
+            if value is not None and value < least[name]
+        ],
+    )
 
 
 def _without_effect(arguments: argparse.Namespace, trained: TrainedModel) -> list[str]:

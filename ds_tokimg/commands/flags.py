@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ds_tokimg.choices import WEIGHTS
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.options import SamplingOptions
+from ds_tokimg.settings import formats
 from ds_tokimg.settings.command_line import Parser, path
 
 
@@ -47,4 +49,18 @@ def sampling_options(arguments: argparse.Namespace, **more) -> SamplingOptions:
             **more,
         )
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError("\n".join(f"--{problem}" for problem in str(error).split("\n"))) from None
+
+
+def answers_prompts(checkpoint: str) -> bool | None:
+    """Whether a model was trained with conditions, by a small file of it: torch takes seconds to import, weights more.
+    None where the folder does not say; loading it tells what is wrong."""
+    for name in (formats.TEXT, formats.CONFIG):  # of a checkpoint or an export; of a run
+        file = Path(checkpoint) / name
+        if file.is_file():
+            try:
+                value = formats.read_object(file).get("enable_condition")
+            except UserError:
+                return None
+            return value if isinstance(value, bool) else None
+    return None

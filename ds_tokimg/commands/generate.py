@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_tokimg.choices import SAMPLERS
-from ds_tokimg.commands.flags import add_draws, parser_with_model, sampling_options
+from ds_tokimg.commands.flags import add_draws, answers_prompts, parser_with_model, sampling_options
 from ds_tokimg.commands.output import check_outputs, say_written, write_json
 from ds_tokimg.console import Work, starting
 from ds_tokimg.errors import UserError
-from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions
+from ds_tokimg.inference.options import MAX_STEPS, STEPS_PER_TOKEN, SamplingOptions, guidance_problem
 from ds_tokimg.settings.command_line import path
 from ds_tokimg.settings.files import check_file
 
@@ -30,12 +30,16 @@ def main(argv: list[str]) -> int:
     _check_together(arguments)
     prompts, options = _prompts(arguments), _options(arguments)
     _check_files(arguments)
+    has_prompt = arguments.infill is not None or any(prompts)
+    answers = answers_prompts(arguments.checkpoint)
+    problem = None if answers is None else guidance_problem(options.guidance_scale, answers, has_prompt)
+    if problem is not None:
+        raise UserError(problem)
     with starting():
         from ds_tokimg.inference import fitness
         from ds_tokimg.inference.loading import load_trained
 
         trained = load_trained(arguments.checkpoint, arguments.weights, arguments.device)
-    has_prompt = arguments.infill is not None or any(prompts)
     fitness.check(trained, options, has_prompt, ["eta"] if arguments.eta is not None else [])
     _say_of_weights(trained, arguments.weights)
     begun = time.perf_counter()

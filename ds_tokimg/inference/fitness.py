@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from ds_tokimg.errors import UserError
 from ds_tokimg.inference.loading import TrainedModel
-from ds_tokimg.inference.options import SamplingOptions
+from ds_tokimg.inference.options import SamplingOptions, guidance_problem
 from ds_tokimg.inference.texts import say
 
 
@@ -28,14 +28,9 @@ def check(
 
 
 def _problem(trained: TrainedModel, options: SamplingOptions, has_prompt: bool, asks_eta: bool) -> str | None:
-    guided = options.guidance_scale != 1
-    if guided and not trained.format.enable_condition:
-        return (
-            f"guidance_scale is {options.guidance_scale:g}, but this model was trained without conditions: "
-            "leave it out, or train with --enable_condition"
-        )
-    if guided and not has_prompt:
-        return f"guidance_scale is {options.guidance_scale:g}, but there is no prompt to follow: give one"
+    problem = guidance_problem(options.guidance_scale, trained.format.enable_condition, has_prompt)
+    if problem is not None:
+        return problem
     if not options.is_as_trained and not trained.model.head.features:
         return (
             "temperature, top_k and top_p reshape a distribution over tokens, and this model (linear head) predicts "

@@ -53,43 +53,71 @@ class SamplingOptions:
         return self.temperature == 1 and self.top_k is None and self.top_p == 1
 
     def __post_init__(self):
-        self._check_types()
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"num_inference_steps is {self.steps}; it must be at least 1")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta is {self.eta}; it must be 0 (no noise is replaced) or more")
-        if self.block_size is not None and self.block_size < 0:
-            raise ValueError(f"block_size is {self.block_size}; it must be 0 (the whole image at once) or more")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
-        self._check_draws()
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        """Raises one ValueError, a line for each mistake. Values of a wrong type are not looked at any further."""
+        problems = self._type_problems() or [*self._range_problems(), *self._stop_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _type_problems(self) -> list[str]:
+        kinds = {name: kind for name, kind in get_type_hints(type(self)).items() if name != "stop"}
+        problems = [
+            f"{NAMES.get(name, name)} is {shortened(getattr(self, name))}; "
+            f"it must be {described(kind).replace('null', 'None')}"
+            for name, kind in kinds.items()
+            if not has_type(getattr(self, name), kind)
+        ]
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
-            raise ValueError(f"stop is {shortened(self.stop)}; it must be a text, or several")
-        if not all(self.stop):
-            raise ValueError("stop is empty: give a text of at least one character")
+            problems.append(f"stop is {shortened(self.stop)}; it must be a text, or several")
+        return problems
 
-    def _check_types(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if name != "stop" and not has_type(value, kind):
-                expected = described(kind).replace("null", "None")
-                raise ValueError(f"{NAMES.get(name, name)} is {shortened(value)}; it must be {expected}")
-
-    def _check_draws(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1 (leave it out for all tokens)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
-        if not self.is_as_trained and self.sampler != "ancestral":
-            raise ValueError(
+    def _range_problems(self) -> list[str]:
+        """Of numbers, and of the sampler."""
+        steps, top_k, most = self.steps, self.top_k, self.max_new_tokens
+        block, guidance = self.block_size, self.guidance_scale
+        checks = [
+            (steps is None or steps >= 1, f"num_inference_steps is {steps}; it must be at least 1"),
+            (self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1"),
+            (0 <= self.eta < math.inf, f"eta is {self.eta}; it must be 0 (no noise is replaced) or more"),
+            (
+                block is None or block >= 0,
+                f"block_size is {block}; it must be 0 (the whole image at once) or more",
+            ),
+            (math.isfinite(guidance), f"guidance_scale is {guidance}; it must be a finite number"),
+            (
+                0 <= self.temperature < math.inf,
+                f"temperature is {self.temperature}; it must be 0 (the likeliest token) or more",
+            ),
+            (top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1 (leave it out for all tokens)"),
+            (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)"),
+            (most is None or most >= 1, f"max_new_tokens is {most}; it must be at least 1"),
+        ]
+        problems = [problem for holds, problem in checks if not holds]
+        if self.sampler not in SAMPLERS:
+            problems.append(f"unknown sampler {self.sampler!r}; available: {', '.join(SAMPLERS)}")
+        elif not self.is_as_trained and self.sampler != "ancestral":
+            problems.append(
                 f"temperature, top_k and top_p change how tokens are drawn, and the sampler {self.sampler} draws none: "
                 "leave them out, or take ancestral"
             )
+        return problems
+
+    def _stop_problems(self) -> list[str]:
+        return [] if all(self.stop) else ["stop is empty: give a text of at least one character"]
+
+
+def guidance_problem(guidance_scale: float, answers: bool, has_prompt: bool) -> str | None:
+    """Why a model cannot be guided, or None.
+
+    Args:
+        answers: the model was trained with conditions.
+    """
+    if guidance_scale == 1:
+        return None
+    if not answers:
+        return (
+            f"guidance_scale is {guidance_scale:g}, but this model was trained without conditions: "
+            "leave it out, or train with --enable_condition"
+        )
+    if not has_prompt:
+        return f"guidance_scale is {guidance_scale:g}, but there is no prompt to follow: give one"
+    return None

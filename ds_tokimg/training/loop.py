@@ -344,7 +344,8 @@ class Run:
                 self.log("no more samples: the run is complete, and saved")
         self.tracker.close(*dashboard.closing(complete))
         self.dist.barrier()
-        commands = next_steps(self.config, len(self.parts.train_set), prompt_to_try(self.config, self.parts))
+        prompt, step = prompt_to_try(self.config, self.parts), self.engine.global_steps
+        commands = next_steps(self.config, len(self.parts.train_set), prompt, step)
         counted, bound = None, self.scores.bound
         if bound is not None and self.dist.rank == 0:
             counted = ngram.measure(self.parts.train_set, self.parts.eval_set)

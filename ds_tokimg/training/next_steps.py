@@ -21,12 +21,13 @@ OF_THIS_RUN = (
 )
 
 
-def next_steps(config: TrainConfig, images: int, prompt: str | None) -> dict[str, str]:
+def next_steps(config: TrainConfig, images: int, prompt: str | None, step: int) -> dict[str, str]:
     """{what for: command line}.
 
     Args:
         images: that the run is trained on.
         prompt: one to answer, of a run whose prompts are conditions.
+        step: that the run has reached.
     """
     folder, program = config.output_dir, program_name()
     data = [config.eval_data_path] if config.eval_data_path else [weight_of(path)[0] for path in config.data_path]
@@ -38,7 +39,9 @@ def next_steps(config: TrainConfig, images: int, prompt: str | None) -> dict[str
     written = ["--num_samples", "4"] if prompt is None else ["--prompt", prompt]
     return {
         "TensorBoard": shlex.join(["tensorboard", "--logdir", f"{folder}/tensorboard"]),
-        "resume": shlex.join([*program, "train", "--resume", "latest", "--output_dir", folder, *_cut(config)]),
+        "resume": shlex.join(
+            [*program, "train", "--resume", "latest", "--output_dir", folder, *_of_launch(config, step)]
+        ),
         "generate": shlex.join([*program, "generate", "--checkpoint", folder, *written]),
         "evaluate": shlex.join([*program, "evaluate", "--checkpoint", folder, *texts]),
         "scale up": shlex.join(["deepspeed", "--module", "ds_tokimg", "train", *larger_run(config, images)]),
@@ -60,7 +63,9 @@ def larger_run(config: TrainConfig, images: int) -> list[str]:
     return [*flags, "--model", name, "--output_dir", f"{config.output_dir}-{name.replace('/', '-')}"]
 
 
-def _cut(config: TrainConfig) -> list[str]:
-    """How this launch cut its train batches, which a resumed run does not take over."""
+def _of_launch(config: TrainConfig, step: int) -> list[str]:
+    """What this launch was told and a resumed run does not take over: how train batches are cut, and an end that is
+    still ahead. One that is reached is left out: with it nothing would be left to train."""
     cut = {"--batch_size": config.batch_size, "--gradient_accumulation_steps": config.gradient_accumulation_steps}
-    return [word for flag, value in cut.items() if value is not None for word in (flag, str(value))]
+    ahead = {"--max_steps": config.max_steps} if config.max_steps and step < config.max_steps else {}
+    return [word for flag, value in (cut | ahead).items() if value is not None for word in (flag, str(value))]

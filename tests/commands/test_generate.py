@@ -9,6 +9,7 @@ import pytest
 
 from ds_tokimg import load
 from ds_tokimg.__main__ import main
+from ds_tokimg.commands.flags import answers_prompts
 from ds_tokimg.inference import texts
 from tests.support.exports import write_export
 
@@ -244,3 +245,42 @@ def test_an_animation_shows_a_prompt_from_left_to_right(exports, tmp_path):
     with Image.open(file) as picture:
         assert picture.n_frames > 2
     assert file.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_model_without_conditions_is_told_before_weights_are_read(command, tmp_path, capsys):
+    """Weights that cannot be read are not what is told."""
+    folder = write_export(tmp_path / "export")
+    (folder / "model.safetensors").write_bytes(b"")
+    flags = ["--prompt", "the cat", "--guidance_scale", "2"] if command == "generate" else []
+    assert main([command, "--checkpoint", str(folder), *flags]) == 2
+    told = capsys.readouterr().err
+    assert "trained without" in told and "starting" not in told
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"enable_condition": 1}'])
+def test_a_folder_that_does_not_say_is_left_to_loading(content, tmp_path):
+    (tmp_path / "text.json").write_text(content)
+    assert answers_prompts(str(tmp_path)) is None
+
+
+def test_the_folder_of_a_run_says_whether_it_answers(tmp_path):
+    assert answers_prompts(str(tmp_path)) is None
+    for answers in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps({"enable_condition": answers}))
+        assert answers_prompts(str(tmp_path)) is answers
+
+
+def test_numbers_of_evaluate_are_told_together_and_first(capsys):
+    numbers = ["--noise_levels", "0", "--block_size", "-1"]
+    assert main(["evaluate", "--checkpoint", "none", "--data_path", "none.txt", *numbers]) == 2
+    told = capsys.readouterr().err
+    assert "--noise_levels 0: at least 1" in told and "--block_size -1: at least 0" in told
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_mistakes_in_how_texts_are_drawn_are_told_together(command, capsys):
+    wrong = ["--temperature", "-1", "--top_k", "0", "--top_p", "2", "--max_new_tokens", "0"]
+    assert main([command, "--checkpoint", "none", *wrong]) == 2
+    told = capsys.readouterr().err.removeprefix("error: ").splitlines()
+    assert [line.split()[0] for line in told] == wrong[::2]

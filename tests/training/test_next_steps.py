@@ -22,8 +22,8 @@ def run_of(*argv: str):
     return automatic.decide(train_config(flags), {}, IMAGES, 1)[0]
 
 
-def words_of(config, what: str, prompt: str | None = None) -> list[str]:
-    return shlex.split(next_steps(config, IMAGES, prompt)[what])
+def words_of(config, what: str, prompt: str | None = None, step: int = 30) -> list[str]:
+    return shlex.split(next_steps(config, IMAGES, prompt, step)[what])
 
 
 def flags_behind(words: list[str], program: list[str]) -> list[str]:
@@ -71,6 +71,14 @@ def test_resuming_goes_on_in_the_folder(tmp_path):
     resumed = train_config(flags)
     assert (resumed.resume, resumed.output_dir, resumed.batch_size) == ("latest", config.output_dir, 2)
     assert resumed.recipe == config.recipe and resumed.data_path == config.data_path
+
+
+def test_resuming_keeps_an_end_that_is_still_ahead():
+    """An interrupted run ends where it was to end; one that ended there goes on beyond."""
+    config = run_of("--max_steps", "50")
+    assert words_of(config, "resume", step=49)[-2:] == ["--max_steps", "50"]
+    assert "--max_steps" not in words_of(config, "resume", step=50)
+    assert "--max_steps" not in words_of(run_of(), "resume", step=49)
 
 
 def arguments_of(command: str, words: list[str]) -> argparse.Namespace:
