@@ -19,7 +19,6 @@ import torch
 from benchmarks import ROOT
 from benchmarks.timing import print_row, print_table, print_title, ratios, spread, take_turns
 from benchmarks.trainer import join
-from ds_tokimg.data.loader import BatchLoader
 from ds_tokimg.diffusion.levels import NoiseLevels, SamplingPath
 from ds_tokimg.engine.engine import TrainEngine, machine_capabilities
 from ds_tokimg.inference.loading import load_trained
@@ -64,7 +63,7 @@ def run_of(flags: list[str], dist) -> Run:
 
 def trainer(run: Run) -> Callable[[], None]:
     """STEPS training steps a call."""
-    loader = BatchLoader(run.parts.train_set, run.sampler, run.parts.batch_maker)
+    loader = run.loader()
     batches = loader.batches(0, run.schedule_steps)
 
     def train() -> None:

@@ -141,13 +141,15 @@ def open_texts(
     """The texts of a path, or of several, as the model's images, and which texts these are.
 
     `auto`: where some of the texts were in training, those that were held out; else all. They are known by their
-    content, wherever they lie.
+    content, wherever they lie. Of a model of a streamed run the texts are a sample, and nothing is cached.
     """
     from ds_tokimg.data.run_texts import RunTexts, file_of
+    from ds_tokimg.data.stream import Sampled
     from ds_tokimg.data.text_format import dataset_of
 
     data_path = [data_path] if isinstance(data_path, str | Path) else list(data_path)
-    open_split = partial(dataset_of, trained.format, trained.layout, trained.tokenizer, data_path, cache_dir=cache_dir)
+    how = {"load": Sampled()} if trained.format.streaming else {"cache_dir": cache_dir}
+    open_split = partial(dataset_of, trained.format, trained.layout, trained.tokenizer, data_path, **how)
     texts, whole = RunTexts.load(file_of(trained.path)), open_split(split="all")
     if split == "auto":
         split = "eval" if _holds_training_texts(trained, texts, whole, data_path) else "all"

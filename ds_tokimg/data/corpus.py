@@ -111,7 +111,10 @@ class Corpus:
     lengths, prompt_lengths: int32 [documents].
     parts: where the documents of each source begin, int64 [sources + 1]. notes: what a person should know about them.
     fingerprint: what the texts are. loses_text: whether the tokenizer does not give all of the text back.
+    share: of the texts that there are, about: below 1 for the sample of a stream.
     """
+
+    share = 1.0
 
     def __init__(self, batches: list[Any], fingerprint: Fingerprint, loses_text: bool, notes: Sequence[str] = ()):
         self._batches, self.fingerprint, self.loses_text, self.notes = batches, fingerprint, loses_text, list(notes)
@@ -239,7 +242,7 @@ def read_texts(data: str | Path | list[Source], max_bytes: int = 50 << 20) -> It
                 empty = False
                 yield text
     if empty:
-        raise _empty(" ".join(source.name for source in sources))
+        raise empty_corpus(" ".join(source.name for source in sources))
 
 
 def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
@@ -289,7 +292,7 @@ def _build(tokenise: Tokenise, folder: Path, num_proc: int | None) -> None:
         documents = _map(tokenise, temporary, num_proc or _processes(source))
         tally = _collect(temporary)
         if documents == 0:
-            raise _empty(source.name, tally.notes(source.name))
+            raise empty_corpus(source.name, tally.notes(source.name))
         fingerprint = Fingerprint.of(_batches(temporary))
         seal(temporary, {"tally": dataclasses.asdict(tally), "fingerprint": fingerprint})
         os.replace(temporary, folder)
@@ -307,7 +310,8 @@ def _collect(folder: Path) -> Tally:
     return whole
 
 
-def _empty(name: str, told: Sequence[str] = ()) -> UserError:
+def empty_corpus(name: str, told: Sequence[str] = ()) -> UserError:
+    """What is said of a corpus without texts. told: what else is to be known of it."""
     return UserError("; ".join((f"the corpus {name} is empty: it holds no text that is not blank", *told)))
 
 

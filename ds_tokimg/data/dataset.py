@@ -6,8 +6,9 @@ stretches begin. Nothing is read before it is asked for.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -55,10 +56,12 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         read: how files become records.
         cache_dir: where tokenised corpora are kept; None for a folder beside the caches of `datasets`.
         num_proc: processes that tokenise; None for what suits the corpus and the machine.
+        load: makes the corpus of the sources.
 
     notes: what a person should know about the texts: files left out, bad records, prompts cut.
     loses_text: whether the tokenizer does not give all of the text back. weights: of the paths, where they have any.
-    own: bool [paths], which of them set texts apart for validation.
+    own: bool [paths], which of them set texts apart for validation. held_out_below: texts with smaller hashes are held
+    out of the other paths.
     mixture: how an epoch draws on data paths with weights; None without.
 
     Raises UserError for a path, record, size or option that does not work.
@@ -84,6 +87,7 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         cache_dir: str | Path | None = None,
         num_proc: int | None = None,
         read: ReadOptions = AS_USUAL,
+        load: Callable[..., Corpus] = load_corpus,
     ):
         tokenizer = ensure_special_tokens(tokenizer)
         self.tokenizer, self.img_size, self.layout, self.patch_size = tokenizer, img_size, layout, patch_size
@@ -98,7 +102,7 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.weights = [source.weight for source in sources if source.weight is not None]
         if split == "eval" and eval_fraction:
             sources = [source.validation or source for source in sources]
-        self.corpus = load_corpus(
+        corpus = load(
             sources,
             tokenizer,
             use_chat_template=use_chat_template,
@@ -106,15 +110,27 @@ class TokenImageDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             cache_dir=cache_dir,
             num_proc=num_proc,
         )
-        self.enable_condition, self.loses_text = enable_condition, self.corpus.loses_text
+        self.enable_condition, self.packing = enable_condition, packing
         name = " ".join(source.name for source in sources)
-        self._chosen = partial(_split, self.corpus, self.own, split, eval_fraction, name)
-        documents = self._chosen()
+        self.held_out_below = _limit(corpus, self.own, split, eval_fraction, name)
+        self._take(corpus, partial(_split, corpus, self.own, split, self.held_out_below))
+        self.mixture = None if split == "eval" else self._mixture(sources)
+
+    def of(self, corpus: Corpus) -> TokenImageDataset:
+        """All texts of another corpus, in the shape of these."""
+        other = copy.copy(self)
+        other._take(corpus, partial(np.arange, len(corpus)))
+        other.mixture = None
+        return other
+
+    def _take(self, corpus: Corpus, chosen: Callable[[], np.ndarray]) -> None:
+        """Makes the documents `chosen` of a corpus those of this data set."""
+        self.corpus, self.loses_text, self._chosen = corpus, corpus.loses_text, chosen
+        documents = chosen()
         self.num_documents = len(documents)
         self.num_bytes = int(self.corpus.num_bytes[documents].sum(dtype=np.int64))  # UTF-8, of the scored text
-        self._build_index(documents, packing)
+        self._build_index(documents, self.packing)
         self.notes = [*self.corpus.notes, *self._cut_prompts(documents)]
-        self.mixture = None if split == "eval" else self._mixture(sources)
 
     def _mixture(self, sources: list[Source]) -> Mixture | None:
         if not self.weights:
@@ -271,26 +287,36 @@ def _check_max_tokens(max_tokens: int | None, capacity: int) -> int:
     return max_tokens
 
 
-def _split(corpus: Corpus, own: np.ndarray, split: str, eval_fraction: float, name: str) -> np.ndarray:
-    """The documents of a split, int64. A small corpus of which chance picks none gives one text to "eval".
+def _limit(corpus: Corpus, own: np.ndarray, split: str, eval_fraction: float, name: str) -> int:
+    """The hash below which a text is held out; 0: none is. A small corpus of which chance picks none, or all, holds one
+    text out.
 
-    own: bool [sources], whether a source has validation texts of its own: all of them are "eval", all others "train".
+    own: bool [sources], whether a source has validation texts of its own: then chance alone decides.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
     if not 0 <= eval_fraction < 1:
         raise UserError(f"eval_fraction is {eval_fraction}, but must be at least 0 and less than 1")
     if split == "all" or eval_fraction == 0:
+        return 0
+    limit = max(1, int(eval_fraction * 2.0**64))
+    if own.any():
+        return limit
+    least, most = int(corpus.hashes.min()), int(corpus.hashes.max())
+    if least == most:
+        raise UserError(
+            f"the corpus {name} cannot be split into training and validation: it holds {len(corpus)} text(s), and "
+            f"eval_fraction is {eval_fraction}; give --eval_data_path, or more different texts, or --eval_fraction "
+            "0 (no validation)"
+        )
+    return limit if least < limit <= most else least + 1
+
+
+def _split(corpus: Corpus, own: np.ndarray, split: str, limit: int) -> np.ndarray:
+    """The documents of a split, int64. A source with validation texts of its own has them all in "eval", and all others
+    in "train"."""
+    if not limit:  # nothing is held out
         return np.arange(0 if split == "eval" else len(corpus))
     apart = np.repeat(own, np.diff(corpus.parts))
-    held_out = (corpus.hashes < eval_fraction * 2.0**64) & ~apart
-    if not apart.any():
-        if not held_out.any() or held_out.all():
-            held_out = corpus.hashes == corpus.hashes.min()
-        if held_out.all():
-            raise UserError(
-                f"the corpus {name} cannot be split into training and validation: it holds {len(corpus)} text(s), and "
-                f"eval_fraction is {eval_fraction}; give --eval_data_path, or more different texts, or --eval_fraction "
-                "0 (no validation)"
-            )
+    held_out = (corpus.hashes < np.uint64(limit)) & ~apart
     return np.flatnonzero(held_out | apart if split == "eval" else ~held_out)

@@ -97,13 +97,16 @@ class RunTexts:
         weights = np.array(train_set.weights) / max(sum(train_set.weights), 1e-9)
         known = Known.of(train_set.hashes)
         training, validation = train_set.corpus.fingerprint, eval_set.corpus.fingerprint
-        return cls(training, validation, tuple(weights.round(9).tolist()), known)
+        whole = train_set.corpus.share == 1  # of a stream only those of its sample are known
+        known = known if whole else replace(known, all=False)
+        return cls(training, validation, tuple(weights.round(9).tolist()), known, from_start=whole)
 
     def after(self, before: RunTexts | None) -> RunTexts:
         """Of a model that is trained on with these: it knows the earlier ones too. None: they are not known."""
         if before is None:
             return replace(self, from_start=False)
-        return replace(self, known=before.known.joined(self.known), from_start=before.from_start)
+        known = before.known.joined(self.known)
+        return replace(self, known=known, from_start=before.from_start and self.from_start)
 
     def count_in_training(self, hashes: np.ndarray) -> int | None:
         """How many of other texts the model was trained on, see `Known.count`; None where none is known to be, and not

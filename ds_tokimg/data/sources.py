@@ -42,7 +42,7 @@ class Source:
     fingerprint: changes whenever the files do. num_bytes: about, of text. rows: the `datasets.Dataset` when the corpus
     comes from the hub. validation: the texts that the corpus itself sets apart for validation. weight: share of the
     images of an epoch, in proportion to those of other sources; None for as many as there are. notes: what was left
-    out, and what was taken for what.
+    out, and what was taken for what. sizes: bytes of each group, about.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Source:
     validation: Source | None = None
     weight: float | None = None
     notes: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list, repr=False)
 
     def read(self, group: int, tally: Tally | None = None) -> Iterator[Record]:
         """The records of one group, in order. Raises UserError for a bad one, unless the tally counts them."""
@@ -116,7 +117,9 @@ def _of_files(name: str, files: list[Path], options: ReadOptions) -> Source:
     spans = [sized for file in files for sized in spans_of(file, options)]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     total = sum(size * (4 if format_of(path)[1] else 1) for path, size, _ in stamps)
-    return Source(name, grouped(spans), _digest(stamps), total, options)
+    groups, size_of = grouped(spans), dict(spans)
+    sizes = [sum(size_of[span] for span in group) for group in groups]
+    return Source(name, groups, _digest(stamps), total, options, sizes=sizes)
 
 
 def _check_readable(file: Path) -> None:
@@ -235,4 +238,6 @@ def _of_rows(name: str, rows: Any, options: ReadOptions) -> Source:
     columns_of(name, rows.column_names, options)
     starts = range(0, len(rows), _ROWS_PER_GROUP)
     groups = [[Span(name, i, min(i + _ROWS_PER_GROUP, len(rows)))] for i in starts]
-    return Source(name, groups, _digest([name, rows._fingerprint]), rows.dataset_size or 0, options, rows)
+    size = rows.dataset_size or 0
+    sizes = [size // len(groups)] * len(groups)
+    return Source(name, groups, _digest([name, rows._fingerprint]), size, options, rows, sizes=sizes)

@@ -37,6 +37,7 @@ class TextFormat:
     text_key: str | None
     document: str | None
     skip_bad_records: bool
+    streaming: bool
     eval_fraction: float
     objective: str
     timesteps: str
@@ -114,8 +115,8 @@ def absolute(data_paths: Sequence[str]) -> list[str]:
     return [str(Path(path).resolve()) if Path(path).exists() else path for path in paths]
 
 
-def dataset_of(text_format: TextFormat, layout, tokenizer, data_path, split: str, cache_dir) -> TokenImageDataset:
-    """The texts of a path, or of several, in a run's format."""
+def dataset_of(text_format: TextFormat, layout, tokenizer, data_path, split: str, **more) -> TokenImageDataset:
+    """The texts of a path, or of several, in a run's format. more: `cache_dir`, or `load`, of the data set."""
     codec = layout.codec
     return TokenImageDataset(
         data_path,
@@ -132,6 +133,6 @@ def dataset_of(text_format: TextFormat, layout, tokenizer, data_path, split: str
         enable_condition=text_format.enable_condition,
         split=split,
         eval_fraction=text_format.eval_fraction,
-        cache_dir=cache_dir,
         read=text_format.read_options,
+        **more,
     )

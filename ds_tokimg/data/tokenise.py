@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,10 +49,16 @@ class Tokenise:
         tables: list[Any] = []
         for group in table["group"].to_pylist():
             tally = Tally(self.source.options.skip_bad_records)
-            tables += (self._documents(block, tally) for block in _blocks(self._pairs(group, tally)))
+            tables += self.blocks(group, tally)
             if self.tallies and tally != Tally(tally.skip_bad):
                 (self.tallies / f"{group:08}.tally").write_text(json.dumps(dataclasses.asdict(tally)))
         return pa.concat_tables(tables or [self._documents([], Tally())])
+
+    def blocks(self, group: int, tally: Tally, start: int = 0) -> Iterator[Any]:
+        """The group's documents from block number `start` on, as Arrow tables of at most about BLOCK_BYTES characters.
+        The blocks before are read but not tokenised."""
+        blocks = itertools.islice(_blocks(self._pairs(group, tally)), start, None)
+        return (self._documents(block, tally) for block in blocks)
 
     def _pairs(self, group: int, tally: Tally) -> Iterator[tuple[Record, str, str]]:
         """(record, prompt that conditions, text that is scored) of each record of a group."""

@@ -69,6 +69,7 @@ VALIDATION_STATE = {"best": float | None, "best_step": int | None, "bits_per_tok
 TRAINER_VALUES = {
     **dict.fromkeys(("epoch", "consumed_samples", "train_batch_size"), int),
     "validation_due": bool,
+    "place": list[int] | None,
     "schedule": dict | None,
     "figures": dict | None,
     **VALIDATION_STATE,

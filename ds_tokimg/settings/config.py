@@ -72,6 +72,9 @@ class DataSettings:
         Range(f"at least {SMALLEST_VOCABULARY}", lambda value: value >= SMALLEST_VOCABULARY),
     )
     cache_dir: str | None = _path(None, "where tokenised data is cached", rare=True)
+    streaming: bool = _fixed(
+        False, "tokenise texts while they are trained on and cache nothing: for texts beyond the disk's room", rare=True
+    )
     packing: bool = _fixed(True, "fill every image with documents joined by the end-of-text token")
     use_chat_template: bool = _fixed(False, "format prompt/answer pairs with the tokenizer's chat template")
     enable_condition: bool = _fixed(False, "give prompts to the model as a condition, an image of their own")

@@ -68,9 +68,13 @@ ADDED_IN_1: dict[str, dict[str, object]] = {
     },
     TEXT: _READING_IN_0,
 }
-# Settings that format 1 did not have: its validations read all held-out texts, and it skipped no step for its loss.
+# Settings that format 1 did not have: its validations read all held-out texts, it skipped no step for its loss, and its
+# texts came from the cache.
 # What belongs to a launch alone (`verbose`, `accept_other_texts`) needs no value here, see TrainConfig.load.
-ADDED_IN_2: dict[str, dict[str, object]] = {CONFIG: {"eval_tokens": 0, "skip_spikes": 0.0, "go_back_after": 0}}
+ADDED_IN_2: dict[str, dict[str, object]] = {
+    CONFIG: {"eval_tokens": 0, "skip_spikes": 0.0, "go_back_after": 0, "streaming": False},
+    TEXT: {"streaming": False},
+}
 # One text of format 0 that is a list of them in format 1.
 LISTED_IN_1 = {CONFIG: "data_path", TEXT: "data_path"}
 # Up to this vocabulary a posterior that format 0 left open was over whole tokens.

@@ -37,6 +37,7 @@ def _reasons(config: TrainConfig, given: set[str]) -> dict[str, str | bool]:
         "condition_drop": not config.enable_condition and "there are no conditions without --enable_condition",
         "text_key": None not in kinds and kinds <= set(PLAIN_TEXT) and "plain text has no keys",
         "document": None not in kinds and not kinds & set(PLAIN_TEXT) and "the files hold records, not plain text",
+        "cache_dir": config.streaming and "--streaming caches nothing",
         "lr_at_width_192": "lr" in given and "--lr says it",
         "smallest_train_batch": bool(given & {"train_batch_size", "batch_size"}) and "the batch is given",
         "wanted_steps": "epochs" in given and "--epochs says it",

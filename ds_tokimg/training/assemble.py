@@ -18,7 +18,9 @@ from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.data.order import steps_per_epoch
 from ds_tokimg.data.records import ReadOptions
 from ds_tokimg.data.sources import find_all
+from ds_tokimg.data.stream import Sampled, TextStream, stream_of
 from ds_tokimg.data.text_format import TextFormat, dataset_of
+from ds_tokimg.data.tokenise import Settings
 from ds_tokimg.errors import UserError, raise_problems
 from ds_tokimg.inference.loading import TrainedModel, load_trained, tokenizer_folder
 from ds_tokimg.model.config import JiTConfig, config_of_name
@@ -45,14 +47,24 @@ class Parts:
     eval_set: TokenImageDataset
     module: TrainingLoss
     batch_maker: BatchMaker
+    stream: TextStream | None = None  # then `train_set` is a sample of what is trained on
+
+    @property
+    def images(self) -> int:
+        """Training images of an epoch; of a stream, about."""
+        return self.stream.images if self.stream else len(self.train_set)
 
     def steps_per_epoch(self, train_batch_size: int) -> int:
-        return steps_per_epoch(len(self.train_set), train_batch_size)
+        """Optimiser steps of an epoch; of a stream, about."""
+        return steps_per_epoch(self.images, train_batch_size)
 
     @property
     def notes(self) -> list[str]:
         """What a person should know about the texts, each once."""
-        return list(dict.fromkeys([*self.train_set.notes, *self.eval_set.notes, *self._trained_and_held_out()]))
+        streamed = self.stream.notes if self.stream else []
+        return list(
+            dict.fromkeys([*streamed, *self.train_set.notes, *self.eval_set.notes, *self._trained_and_held_out()])
+        )
 
     def _trained_and_held_out(self) -> list[str]:
         """Says how many validation texts are also trained on, where validation has texts of its own."""
@@ -97,10 +109,11 @@ def assemble(config: TrainConfig, dist, resumed: Path | None, start: TrainedMode
     tokenizer = dist.on_first_rank(lambda: choose_tokenizer(config, resumed, start))
     text_format = TextFormat.of_run(config, tokenizer, canvas=0)
     layout = PatchLayout(_codec(config, tokenizer, start), config.img_size, config.patch_size, config.layout)
-    train_set, eval_set = _data_sets(config, text_format, layout, tokenizer)
+    where = {"load": Sampled()} if config.streaming else {"cache_dir": config.cache_dir}
+    train_set, eval_set = _data_sets(config, text_format, layout, tokenizer, where)
     if config.palette == "semantic" and layout.codec.palette is None:
         layout = _with_palette(layout, train_set, dist, resumed)
-        train_set, eval_set = _data_sets(config, text_format, layout, tokenizer)
+        train_set, eval_set = _data_sets(config, text_format, layout, tokenizer, where)
     if config.enable_condition:
         answers = train_set.lengths[train_set.prompt_lengths > 0]
         canvas = int(layout.num_patches([answers.max(initial=1)])[0])
@@ -109,7 +122,8 @@ def assemble(config: TrainConfig, dist, resumed: Path | None, start: TrainedMode
     packer = BatchPacker(layout, module.model.writing.block_size)
     draws = draws_of(config, module.model, text_format)
     maker = BatchMaker(packer, module.timesteps, config.seed, draws)
-    return Parts(tokenizer, text_format, layout, train_set, eval_set, module, maker)
+    stream = _stream(config, train_set, tokenizer) if config.streaming else None
+    return Parts(tokenizer, text_format, layout, train_set, eval_set, module, maker, stream)
 
 
 def load_start(config: TrainConfig) -> TrainedModel | None:
@@ -164,11 +178,18 @@ def _codec(config: TrainConfig, tokenizer, start) -> TokenCodec:
         raise UserError(str(error)) from None
 
 
-def _data_sets(config: TrainConfig, text_format: TextFormat, layout: PatchLayout, tokenizer):
-    """Training and validation texts. Without --eval_data_path some documents of the training data are held out."""
+def _stream(config: TrainConfig, train_set: TokenImageDataset, tokenizer) -> TextStream:
+    settings = config.part(Settings)
+    return stream_of(train_set, find_all(config.data_path, config.part(ReadOptions)), tokenizer, settings, config.seed)
+
+
+def _data_sets(config: TrainConfig, text_format: TextFormat, layout: PatchLayout, tokenizer, where: dict):
+    """Training and validation texts. Without --eval_data_path some documents of the training data are held out.
+
+    where: what makes their corpora, see `dataset_of`."""
 
     def texts(path, split: str):
-        return dataset_of(text_format, layout, tokenizer, path, split, config.cache_dir)
+        return dataset_of(text_format, layout, tokenizer, path, split, **where)
 
     if config.eval_data_path:
         train_set, eval_set = texts(config.data_path, "all"), texts(config.eval_data_path, "all")

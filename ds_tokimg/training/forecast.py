@@ -60,7 +60,7 @@ def prepare(config: TrainConfig, raw: dict, machine: engine_json.Machine) -> Pre
     start = load_start(config)
     with empty_weights():
         parts = assemble(config, OnlyRank(), None, start)
-    config, decided = automatic.decide(config, raw, len(parts.train_set), machine.world_size)
+    config, decided = automatic.decide(config, raw, parts.images, machine.world_size)
     settings, notes = engine_json.resolve(raw, config, machine, parts.steps_per_epoch)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
     config, read = validation_budget.decide(config, parts)

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from ds_tokimg.console import given_up
-from ds_tokimg.data.loader import BatchLoader, LoadedBatch, Part
+from ds_tokimg.data.loader import BatchLoader, LoadedBatch, Part, StreamLoader
 from ds_tokimg.data.order import TrainBatchSampler
+from ds_tokimg.data.stream import Place
 from ds_tokimg.engine import checkpoint as checkpoints
 from ds_tokimg.engine.allocator import peak_memory
 from ds_tokimg.engine.engine import StepResult, TrainEngine
@@ -45,10 +46,7 @@ class Run:
     def __init__(self, config: TrainConfig, settings: dict, parts: Parts, engine: TrainEngine, state: dict):
         self.config, self.parts, self.engine, self.dist = config, parts, engine, engine.dist
         self.train_batch_size = settings["train_batch_size"]
-        self.sampler = TrainBatchSampler(
-            parts.train_set.lengths, self.train_batch_size, config.seed, mixture=parts.train_set.mixture
-        )
-        self.schedule_steps = self.sampler.steps_per_epoch * config.epochs
+        self.schedule_steps = parts.steps_per_epoch(self.train_batch_size) * config.epochs
         self.last_step = min(self.schedule_steps, config.max_steps or self.schedule_steps)
         self.first_step = state.get("step", 0)
         self.validations = Validations(config, parts)
@@ -65,6 +63,7 @@ class Run:
         self.speed = Speedometer(self.report.watch)
         self.saved_step = self.first_step
         self.epoch = state.get("epoch", 0)
+        self.place = Place(*state["place"]) if state.get("place") else None  # of a stream
         self.validation_due = state.get("validation_due", False) and len(parts.eval_set) > 0  # at its step
         self.signals, self.stopped = StopSignals(engine), False
         self.schedule = parts.module.schedule
@@ -76,14 +75,7 @@ class Run:
         return self.dist.broadcast((root / checkpoints.tag_of(step)).is_dir())
 
     def loop(self) -> None:
-        loader = BatchLoader(
-            self.parts.train_set,
-            self.sampler,
-            self.parts.batch_maker,
-            Part(self.dist.world_size, self.dist.rank, self.engine.accumulation),
-            num_workers=self.config.num_workers,
-            pin_memory=self.dist.device.type != "cpu",
-        )
+        loader = self.loader()
         with profiled(self.config.profile, self.config.output_dir, self.dist) as tick, self.report.progress:
             self.stopped = self.validation_due and not self._validate_now()  # what an earlier launch gave up
             for loaded in () if self.stopped else self._batches(loader):
@@ -95,12 +87,24 @@ class Run:
         if self.stopped:
             self.log(f"stopped by a signal at step {self.engine.global_steps}")
 
+    def loader(self) -> BatchLoader:
+        """What prepares this rank's batches."""
+        parts, size = self.parts, self.train_batch_size
+        part = Part(self.dist.world_size, self.dist.rank, self.engine.accumulation)
+        how = {"num_workers": self.config.num_workers, "pin_memory": self.dist.device.type != "cpu"}
+        if parts.stream:
+            return StreamLoader(parts.stream, size, parts.batch_maker, part, **how)
+        train_set = parts.train_set
+        sampler = TrainBatchSampler(train_set.lengths, size, self.config.seed, mixture=train_set.mixture)
+        return BatchLoader(train_set, sampler, parts.batch_maker, part, **how)
+
     def _batches(self, loader: BatchLoader) -> Iterator[LoadedBatch]:
         """Those of the steps that are left. A run that goes back leaves out the data that it has seen since."""
         left_out = None
         while left_out != self.health.batches_left_out:
             left_out = self.health.batches_left_out
             steps = (self.engine.global_steps + left_out, self.last_step + left_out)
+            loader.place = self.place
             with contextlib.closing(loader.batches(*steps)) as batches:
                 for loaded in batches:
                     yield loaded
@@ -109,7 +113,7 @@ class Run:
 
     def step(self, loaded) -> bool:
         """One optimiser step and what is due after it; True when the run is asked to end."""
-        number, self.epoch = self.engine.global_steps + 1, loaded.epoch
+        number, self.epoch, self.place = self.engine.global_steps + 1, loaded.epoch, loaded.place
         is_due = self._due(number)
         # 1. forward, backward, update
         self.parts.module.measure_bound = "log" in is_due
@@ -120,7 +124,7 @@ class Run:
         self.speed.add(result, loaded.wait_seconds)
         self.meter.add(result)
         # 2. log, keep, measure: a validation may take long, and what was trained is safe before it
-        said = self._examine(result, number)
+        said = self._examine(result, loaded.samples.tolist())
         if said or is_due & {"log", "eval"}:
             row = self._metrics(result, loaded.epoch) | said
             self.tracker.log(row)
@@ -140,15 +144,13 @@ class Run:
             self.speed.restart()
         return stop
 
-    def _examine(self, result: StepResult, number: int) -> dict:
-        """Says what is wrong with a step or with the run; more for the step's row of metrics."""
+    def _examine(self, result: StepResult, samples: list[int]) -> dict:
+        """Says what is wrong with a step, of these samples, or with the run; more for the step's row of metrics."""
         diverged = self.health.divergence(self.config.output_dir)
         if diverged:
             self.log(diverged)
         if result.skipped in ("", LOSS_SCALE):
             return {}
-        epoch, start = divmod(number - 1 + self.health.batches_left_out, self.sampler.steps_per_epoch)
-        samples = [int(i) % len(self.sampler.lengths) for i in self.sampler.batches(epoch, start)[0]]
         self.log(describe_skip(result, samples))
         return {"skipped": result.skipped, "skipped_images": samples}
 
@@ -286,6 +288,7 @@ class Run:
             "epoch": self.epoch,
             "consumed_samples": samples,
             "train_batch_size": self.train_batch_size,
+            "place": self.place,
             **self.scores.state(),
             "validation_due": self.validation_due,
             "validations": self.validations.state(),
@@ -345,7 +348,7 @@ class Run:
         self.tracker.close(*dashboard.closing(complete))
         self.dist.barrier()
         prompt, step = prompt_to_try(self.config, self.parts), self.engine.global_steps
-        commands = next_steps(self.config, len(self.parts.train_set), prompt, step)
+        commands = next_steps(self.config, self.parts.images, prompt, step)
         counted, bound = None, self.scores.bound
         if bound is not None and self.dist.rank == 0:
             counted = ngram.measure(self.parts.train_set, self.parts.eval_set)

@@ -45,7 +45,7 @@ def _train(config: TrainConfig, raw: dict, dist: Dist, lock: Lock) -> None:
     dist.on_first_rank(lambda: check_output(config, resumed))
     parts = put_together(config, dist, resumed)
     before, texts_notes = dist.on_first_rank(lambda: check_texts(config, parts, resumed))
-    config, decided = automatic.decide(config, raw, len(parts.train_set), dist.world_size, train_batch_size)
+    config, decided = automatic.decide(config, raw, parts.images, dist.world_size, train_batch_size)
     settings, notes = engine_json.resolve(raw, config, machine_capabilities(), parts.steps_per_epoch, train_batch_size)
     config = dataclasses.replace(config, train_batch_size=settings["train_batch_size"])
     config, read = budget.decide(config, parts)

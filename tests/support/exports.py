@@ -37,6 +37,7 @@ def write_export(
         text_key=None,
         document=None,
         skip_bad_records=False,
+        streaming=False,
         eval_fraction=0.05,
         objective="ce",
         timesteps="band",
