@@ -9,15 +9,14 @@ epoch of train batches of 16 images without computing anything with them. About 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.data import BUNDLED, write_corpus
+from benchmarks.timing import print_row, print_table, print_title
 from ds_tokimg.data.corpus import read_texts
 from ds_tokimg.tokens.tokenizer import train_tokenizer
 
@@ -63,21 +62,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[64, 256])
     args = parser.parse_args()
-    print("# Streaming\n")
-    print(f"`python -m benchmarks.streaming`, {date.today()}, {len(os.sched_getaffinity(0))} cores ", end="")
-    print(f"({platform.machine()}), Python {platform.python_version()}, a tokenizer of 4,096 ids.\n")
-    print("| MB of text | | peak memory, MB | of it libraries | disk, MB | s to the first batch | million tokens/s |")
-    print("|---|---|---|---|---|---|---|")
+    print_title("Streaming: an epoch of batches, beside the cache (a tokenizer of 4,096 ids)")
+    head = ("MB of text", "", "peak memory, MB", "of it libraries", "disk, MB", "s to the first batch")
+    print_table(*head, "million tokens/s")
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory() as folder:
             train_tokenizer(read_texts(BUNDLED), 4096).save_pretrained(Path(folder) / "tokenizer")
             text = write_corpus(Path(folder) / "corpus.txt", megabytes)
             for how in ("streamed", "cached"):
-                print_row(how, megabytes, text, Path(folder))
+                print_epoch(how, megabytes, text, Path(folder))
     print("\nMapped pages of the cache count as memory, and are given back when others need it.")
 
 
-def print_row(how: str, megabytes: float, text: Path, folder: Path) -> None:
+def print_epoch(how: str, megabytes: float, text: Path, folder: Path) -> None:
     cache = folder / "cache"
     command = [sys.executable, "-c", EPOCH, how, *map(str, (text, folder / "tokenizer", cache))]
     environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
@@ -85,8 +82,8 @@ def print_row(how: str, megabytes: float, text: Path, folder: Path) -> None:
     found = json.loads(output.splitlines()[-1])
     disk = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e6
     rate = found["tokens"] / found["seconds"] / 1e6
-    cells = [f"{megabytes:g}", how, f"{found['peak']:.0f}", f"{found['libraries']:.0f}", f"{disk:.0f}"]
-    print("| " + " | ".join([*cells, f"{found['first']:.1f}", f"{rate:.2f}"]) + " |", flush=True)
+    memory = (f"{found['peak']:.0f}", f"{found['libraries']:.0f}")
+    print_row(f"{megabytes:g}", how, *memory, f"{disk:.0f}", f"{found['first']:.1f}", f"{rate:.2f}")
 
 
 if __name__ == "__main__":

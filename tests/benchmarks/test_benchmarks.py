@@ -31,6 +31,7 @@ SCRIPTS = {
     "soak": "--steps 60 --data_path {text}",
     "growth": "--parts corpus --megabytes 0.1",
     "data": "--megabytes 0.2 --repetitions 1",
+    "streaming": "--megabytes 0.2",
     "writing": "--texts 1 --tokens 4 --repetitions 1",
 }
 
