@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -60,11 +61,15 @@ class Check:
         self.say(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
 
     def rows(self, names: Sequence, measure: Callable[[], Sequence[Sequence]]) -> None:
-        """The rows that a measurement gives, each behind its names; one with the last words where it fails."""
+        """The rows that a measurement gives, each behind its names; one with the last words where it fails, whatever
+        the reason: time on such a machine is dear, and the other rows are wanted."""
         try:
             found = measure()
         except Failed as problem:
             found = [(problem, "FAILED")]
+        except Exception as error:
+            traceback.print_exc()
+            found = [(f"{type(error).__name__}: {error}", "FAILED")]
         for cells in found:
             self.row(*names, *cells)
 

@@ -145,7 +145,8 @@ def use_model(check: Check, run: Path) -> None:
         return found
 
     def evaluate() -> list[tuple]:
-        here, *_, there = (each["bits_per_token"] for each in both("evaluate", "--data_path", str(DATA)))
+        found = [each["bits_per_token"] for each in both("evaluate", "--data_path", str(DATA))]
+        here, there = found[0], found[-1]
         return [(f"{here:.4f}", f"{there:.4f}", verdict(largest_deviation([here], [there]) < 1e-3))]
 
     def generate() -> list[tuple]:

@@ -151,7 +151,9 @@ def test_a_process_that_fails_leaves_its_last_words_in_the_table(tmp_path, capsy
     check.output, check.failures = tmp_path / "page.md", 0
     check.rows(("fp32", 1), lambda: [check.run([sys.executable, "-c", "raise ValueError('no | such card')"])])
     assert check.output.read_text() == "| fp32 | 1 | ValueError: no / such card | FAILED |\n"
-    assert check.failures == 1 and "Traceback" in capsys.readouterr().err
+    check.rows(("fp16", 2), lambda: [{}["loss"]])
+    assert check.output.read_text().endswith("| fp16 | 2 | KeyError: 'loss' | FAILED |\n")
+    assert check.failures == 2 and capsys.readouterr().err.count("Traceback") == 2
 
 
 def test_deviations_that_are_not_finite_are_not_small():
