@@ -450,7 +450,7 @@ class JiT(ImagePatches, nn.Module):
     def _embed(self, segment: Segment) -> Tensor:
         """[B, n, C]."""
         # Through the module's forward, not its weight: ZeRO-3 gathers parameters when a module is called.
-        kind = self.segment_embed(torch.tensor(segment.kind, device=segment.own.device))
+        kind = self.segment_embed(torch.full((), segment.kind, dtype=torch.int64, device=segment.own.device))
         return segment.own + segment.shift + kind
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,11 @@ def _with_bad_batches(dist, flags, factors: dict, rank: int) -> str:
     """A run in which the noise of some train batches {(epoch, number): factor} is multiplied on one rank."""
     prepare = BatchLoader._prepare
 
-    def harmed(self, epoch, number, indices):
-        batches = prepare(self, epoch, number, indices)
-        if dist.rank != rank or (epoch, number) not in factors:
+    def harmed(self, planned):
+        batches, place = prepare(self, planned), (planned.epoch, planned.number)
+        if dist.rank != rank or place not in factors:
             return batches
-        return [batch.replace(noise=batch.noise * factors[epoch, number]) for batch in batches]
+        return [batch.replace(noise=batch.noise * factors[place]) for batch in batches]
 
     BatchLoader._prepare = harmed
     return _train(dist, flags)

@@ -61,6 +61,22 @@ class OnHost(TorchDispatchMode):
         return result
 
 
+class SentNumbers:
+    """Collects where tensors are made of the host's numbers, which are then sent: no operation that is dispatched."""
+
+    def __init__(self, monkeypatch):
+        self.places: set[str] = set()
+        for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+            monkeypatch.setattr(owner, name, self._noted(getattr(owner, name)))
+
+    def _noted(self, original):
+        def function(*args, **kwargs):
+            self.places.add(place())
+            return original(*args, **kwargs)
+
+        return function
+
+
 @pytest.fixture
 def autocast_on_meta(monkeypatch):
     """Autocast knows nothing of the device, and is off there."""
@@ -72,15 +88,17 @@ def autocast_on_meta(monkeypatch):
 
 @pytest.mark.parametrize("measures_bound", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_forward_and_backward_stay_on_the_device(recipe, measures_bound, corpus, autocast_on_meta):
+def test_forward_and_backward_stay_on_the_device(recipe, measures_bound, corpus, autocast_on_meta, monkeypatch):
     parts = assembled(recipe, corpus)
     module, batch = parts.module.to("meta"), longest_batch(parts, 4).to("meta")
     module.measure_bound = measures_bound
+    sent = SentNumbers(monkeypatch)
     with OnHost() as seen:
         module(batch)["loss_sum"].backward()
     # The learnt noise levels are decided on the host, and sent once a step from pinned memory.
     table = {f"ds_tokimg/diffusion/schedule.py {name}" for name in ("shares", "_table")}
     assert seen.places <= (table if recipe == "at-once" else set())
+    assert sent.places <= ({"ds_tokimg/diffusion/schedule.py shares"} if recipe == "at-once" else set())
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
 
 
