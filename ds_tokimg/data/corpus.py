@@ -189,10 +189,9 @@ def load_corpus(
     num_proc: processes that tokenise; None takes the cores there are, fewer for a small corpus.
     Raises UserError for missing files, bad records, an empty corpus, or a cache folder that cannot be written.
     """
-    if use_chat_template:
-        tokenizers.require_chat_template(tokenizer)
-    sources = data if isinstance(data, list) else find_all(data)
     settings = Settings(use_chat_template, enable_condition)
+    settings.check(tokenizer)
+    sources = data if isinstance(data, list) else find_all(data)
     root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     return Corpus.joined([_load(Tokenise(source, tokenizer, settings), root, num_proc) for source in sources])
 

@@ -17,8 +17,7 @@ import numpy as np
 from ds_tokimg.data.corpus import Fingerprint
 from ds_tokimg.data.dataset import TokenImageDataset
 from ds_tokimg.errors import UserError, value_problems
-from ds_tokimg.settings import formats
-from ds_tokimg.settings.files import runs_around
+from ds_tokimg.settings import files, formats
 
 # Training texts that a run knows, each: 8 bytes. Of more it knows those with the smallest hashes, which are a sample.
 MOST_KNOWN = 1 << 15
@@ -34,9 +33,8 @@ _KEYS = {
 
 
 def file_of(folder: Path) -> Path:
-    """The data.json that belongs to a checkpoint or an export: in it, or in the run around it."""
-    places = [folder / formats.DATA, *(run / formats.DATA for run in runs_around(folder))]
-    return next((place for place in places if place.is_file()), places[0])
+    """The data.json that belongs to a checkpoint or an export."""
+    return files.file_of(folder, formats.DATA)
 
 
 @dataclass(frozen=True)

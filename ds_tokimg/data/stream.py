@@ -73,17 +73,15 @@ class Sampled:
         sources: list[Source],
         tokenizer: tokenizers.Tokenizer,
         *,
-        use_chat_template: bool = False,
-        enable_condition: bool = False,
-        cache_dir: str | Path | None = None,
-        num_proc: int | None = None,
+        use_chat_template: bool,
+        enable_condition: bool,
+        **of_the_cache: object,
     ) -> Corpus:
-        """The same each time; `cache_dir` and `num_proc` are not needed. Raises UserError as `load_corpus` does."""
+        """The same each time. Raises UserError as `load_corpus` does. What is said of a cache is of no use."""
         key = tuple(source.fingerprint for source in sources)
         if key not in self._made:
-            if use_chat_template:
-                tokenizers.require_chat_template(tokenizer)
             settings = Settings(use_chat_template, enable_condition)
+            settings.check(tokenizer)
             with Work("tokenising a sample of the texts"):
                 self._made[key] = _sample_of([Tokenise(source, tokenizer, settings) for source in sources])
         return self._made[key]

@@ -29,6 +29,11 @@ class Settings:
     use_chat_template: bool
     enable_condition: bool
 
+    def check(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """UserError where the tokenizer has no chat template and one is needed."""
+        if self.use_chat_template:
+            tokenizers.require_chat_template(tokenizer)
+
 
 @dataclass
 class Tokenise:

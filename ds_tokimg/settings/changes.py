@@ -12,7 +12,7 @@ from ds_tokimg.settings import engine_json, formats
 from ds_tokimg.settings.command_line import GIVEN_JSON
 from ds_tokimg.settings.config import TrainConfig
 from ds_tokimg.settings.engine_schema import shown
-from ds_tokimg.settings.files import runs_around
+from ds_tokimg.settings.files import file_of
 from ds_tokimg.settings.setting import LAUNCH
 
 # Named and checked elsewhere: the texts are known by their content, the JSON by what is in it.
@@ -27,15 +27,15 @@ def changes(config: TrainConfig, raw: dict, checkpoint: Path) -> list[str]:
         checkpoint: the folder that it goes on from; it holds what the run had.
     """
     found = []
-    file = _file(checkpoint, formats.CONFIG)
-    if file is not None:
+    file = file_of(checkpoint, formats.CONFIG)
+    if file.is_file():
         before = TrainConfig.load(file)
         for field in dataclasses.fields(config):
             old, new = getattr(before, field.name), getattr(config, field.name)
             if field.metadata["resume"] != LAUNCH and field.name not in _NOT_HERE and old != new:
                 found.append(f"from here on --{field.name} is {shortened(new)}; it was {shortened(old)}")
-    file = _file(checkpoint, GIVEN_JSON)
-    if file is not None:
+    file = file_of(checkpoint, GIVEN_JSON)
+    if file.is_file():
         found += _json_changes(dict(_entries(engine_json.read(str(file)))), dict(_entries(raw)))
     return found
 
@@ -49,12 +49,6 @@ def _json_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     left_out = [key for key in before if key not in now]
     if left_out:
         yield f"from here on the engine's JSON leaves out {', '.join(left_out)}"
-
-
-def _file(checkpoint: Path, name: str) -> Path | None:
-    """In the checkpoint, or, of an earlier version's, in its run."""
-    places = (checkpoint, *runs_around(checkpoint))
-    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def _entries(values: dict, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -66,6 +66,13 @@ def runs_around(checkpoint: Path) -> list[Path]:
     return [path.parent.parent for path in named if path.parent.name == "checkpoints"]
 
 
+def file_of(folder: Path, name: str) -> Path:
+    """A file that belongs to a checkpoint or an export: in it, or in the run around it; where it would be, if there is
+    none."""
+    places = [folder / name, *(run / name for run in runs_around(folder))]
+    return next((place for place in places if place.is_file()), places[0])
+
+
 # ---- whether something can be written, asked before the work that is to be written is done ----
 
 

@@ -4,16 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tests.support.kills import (
-    VALIDATE,
-    draw,
-    finish,
-    kill_again_and_again,
-    leftovers,
-    rows_of,
-    same_so_far,
-    weights_of,
-)
+from tests.support import kills
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 KILLS = 30  # python -m benchmarks.faults kills more often
@@ -21,16 +12,16 @@ KILLS = 30  # python -m benchmarks.faults kills more often
 
 def test_a_run_that_is_killed_again_and_again_is_the_uninterrupted_one(corpus, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    outcomes = kill_again_and_again(corpus, killed, draw(7, KILLS, 2), 2)
+    outcomes = kills.kill_again_and_again(corpus, killed, kills.draw(7, KILLS, 2), 2)
     places = Counter(outcome.place for outcome in outcomes)
     assert set(places) == {"save", "start", "validation", "step"} and places["save"] > KILLS / 3, places
     assert [outcome for outcome in outcomes if outcome.orphans] == []
     assert not outcomes[0].rows or outcomes[0].rows[-1]["step"] == 2  # the very first save
-    last = max(row["step"] for outcome in outcomes for row in outcome.rows) + VALIDATE
+    last = max(row["step"] for outcome in outcomes for row in outcome.rows) + kills.VALIDATE
     for folder in (killed, whole):
-        finish(corpus, folder, last, 2)
-    expected = rows_of(whole)
-    assert [outcome for outcome in outcomes if not same_so_far(outcome.rows, expected)] == []
-    assert rows_of(killed) == expected and [row["step"] for row in expected] == list(range(1, last + 1))
-    assert weights_of(killed) == weights_of(whole)
-    assert leftovers(killed) == leftovers(whole) == []
+        kills.finish(corpus, folder, last, 2)
+    expected = kills.rows_of(whole)
+    assert [outcome for outcome in outcomes if not kills.same_so_far(outcome.rows, expected)] == []
+    assert kills.rows_of(killed) == expected and [row["step"] for row in expected] == list(range(1, last + 1))
+    assert kills.weights_of(killed) == kills.weights_of(whole)
+    assert kills.leftovers(killed) == kills.leftovers(whole) == []
